@@ -1,0 +1,336 @@
+"""The Transformer: embedding, blocks, head, and its own FLOP and byte counts.
+
+Shapes: B rows, T new tokens, S entries of a cache's row, V vocab_size, C config.dim, H heads, D head_dim.
+Parameters: embed.weight (V, C), positions.weight (context, C) if learned, blocks.N.{attention_norm,
+mlp_norm}.weight (C,), blocks.N.attention.qkv.weight ((H + 2 H_kv) D, C), blocks.N.attention.out.weight (C, H
+D), blocks.N.mlp.gate_up.weight (2 d_ff, C) or up.weight (d_ff, C), blocks.N.mlp.down.weight (C, d_ff),
+norm.weight (C,) if pre-norm, head.weight (V, C) if untied; and a .bias beside each weight of a block's linear
+and of a LayerNorm if config.bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm import ops as op_table
+from tinylm.attention import ATTENTIONS, Rope, sdpa_backend
+from tinylm.cache import Batch, Cache, Stream, make_cache
+from tinylm.config import ConfigError, ModelConfig
+
+Choice = TypeVar("Choice")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
+        super().__init__()
+        self.eps, self.op = config.norm_eps, op_table.get("rmsnorm", backends["rmsnorm"])
+        self.weight = nn.Parameter(torch.empty(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.dim))
+        self.bias = nn.Parameter(torch.empty(config.dim)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202); `gate_up` is one matrix, gate's rows first."""
+
+    def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
+        super().__init__()
+        linear = op_table.get("linear", backends["linear"])
+        self.gate_up = op_table.Linear(config.dim, 2 * config.d_ff, config.bias, linear)
+        self.down = op_table.Linear(config.d_ff, config.dim, config.bias, linear)
+        self.reduce = nn.Identity()  # partial sums over d_ff meet here: tensor parallelism replaces it
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.reduce(self.down(F.silu(gate) * up))
+
+
+class GELU(nn.Module):
+    """down(gelu(up(x))), with the tanh form of GELU, as in GPT-2."""
+
+    def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
+        super().__init__()
+        linear = op_table.get("linear", backends["linear"])
+        self.up = op_table.Linear(config.dim, config.d_ff, config.bias, linear)
+        self.down = op_table.Linear(config.d_ff, config.dim, config.bias, linear)
+        self.reduce = nn.Identity()  # partial sums over d_ff meet here: tensor parallelism replaces it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class LearnedPositions(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.context, config.dim))
+
+    def forward(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, C) plus the rows of positions (B, T) (None: 0..T); no rotation."""
+        return x + (self.weight[: x.shape[1]] if positions is None else self.weight[positions]), None
+
+
+class NoPositions(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
+POSITIONS: dict[str, type[Rope] | type[LearnedPositions] | type[NoPositions]] = {
+    "rope": Rope,
+    "learned": LearnedPositions,
+    "none": NoPositions,
+}
+
+
+def choose(table: Mapping[str, Choice], field: str, name: str) -> Choice:
+    """The row `name` of a table. Raises ConfigError, which names the known ones."""
+    if name not in table:
+        raise ConfigError(f"unknown {field} {name!r}: use one of {', '.join(table)}")
+    return table[name]
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a residual branch; a norm before it (pre) or after the sum (post)."""
+
+    def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
+        super().__init__()
+        norm = choose(NORMS, "norm", config.norm)
+        self.pre = config.norm_placement == "pre"
+        self.dropout = config.dropout
+        self.attention_norm = norm(config, backends)
+        self.attention = choose(ATTENTIONS, "attention", config.attention)(config, backends)
+        self.mlp_norm = norm(config, backends)
+        self.mlp = choose(MLPS, "mlp", config.mlp)(config, backends)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, *past: Any) -> Tensor:
+        """x (B, T, C) -> (B, T, C); past: nothing, or the cache, the layer's number and the cache's plan."""
+        if self.pre:
+            x = x + self._drop(self.attention(self.attention_norm(x), rotation, *past))
+            return x + self._drop(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self._drop(self.attention(x, rotation, *past)))
+        return self.mlp_norm(x + self._drop(self.mlp(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, made and initialized from its config.
+
+    ops: backends by op, such as {"rmsnorm": "compile"}; the others are `tinylm.ops.DEFAULTS`. Raises
+    ConfigError for a norm, mlp, positions or attention that no table has, ValueError for an unknown op or
+    backend.
+    """
+
+    def __init__(self, config: ModelConfig, *, ops: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = {**op_table.DEFAULTS, **(ops or {})}
+        for op, backend in self.ops.items():
+            op_table.get(op, backend)
+        linear = op_table.get("linear", self.ops["linear"])
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
+        self.positions = choose(POSITIONS, "positions", config.positions)(config)
+        self.blocks = nn.ModuleList(Block(config, self.ops) for _ in range(config.layers))
+        pre = config.norm_placement == "pre"
+        self.norm = choose(NORMS, "norm", config.norm)(config, self.ops) if pre else nn.Identity()
+        # A tied head is no parameter of its own: no load, move or copy can part it from the embedding.
+        self.head = None if config.tied else op_table.Linear(config.dim, config.vocab_size, False, linear)
+        self._project = linear
+        self.init_weights()
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        *,
+        ops: Mapping[str, str] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Transformer:
+        """A model whose weights are only ever allocated on `device` in `dtype` ("meta": not at all)."""
+        with torch.device("meta"):
+            model = cls(config, ops=ops).to(dtype)
+        if torch.device(device).type != "meta":
+            model.to_empty(device=device).init_weights()
+        return model
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights of config.init_std, as GPT-2; what ends a residual branch is scaled by 1 / sqrt(2
+        layers).
+
+        The head is drawn so narrow that logits have a variance of 0.04 at most, whatever the width (a std of
+        0.02 gives 0.31 at dim 768): loss then starts at ln(V) + 0.02, and a tied head's preference for the
+        token it just read, at most sqrt(0.04 dim) where nothing is added to the embedding, stays small beside
+        ln(V).
+        """
+        std, config = self.config.init_std, self.config
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif parameter is self.head_weight:
+                nn.init.normal_(parameter, std=min(std, 0.2 / config.dim**0.5))
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=std / (2 * config.layers) ** 0.5)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C); the embedding's own tensor if the head is tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def forward(self, tokens: Tensor, *, last_only: bool = False, last_index: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T) int64, causal, without a cache.
+
+        last_only: of the last token alone, (B, 1, V). last_index: of token last_index[b] of each row, (B, 1,
+        V), for rows padded on the right. Raises ConfigError if T passes the model's context.
+        """
+        self._check_span(tokens.shape[1])
+        x, rotation = self._enter(tokens, None)
+        for block in self.blocks:
+            x = block(x, rotation)
+        if last_index is not None:
+            x = _pick(x, last_index)
+        return self._logits(x[:, -1:] if last_only else x)
+
+    def step(self, batch: Batch, cache: Cache, *, last_only: bool = True) -> Tensor:
+        """Logits of a batch's new tokens over what the cache holds, which they join: (B, T, V).
+
+        last_only: of each row's last token (that is not padding) alone, (B, 1, V). Raises ConfigError if the
+        batch passes the model's context or the cache's room.
+        """
+        self._check_span(batch.span)
+        plan = cache.plan(batch)
+        x, rotation = self._enter(batch.tokens, batch.positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, cache, layer, plan)
+        if last_only and batch.uniform:
+            x = x[:, -1:]
+        elif last_only and x.shape[1] > 1:
+            x = _pick(x, batch.lengths - 1 - batch.positions[:, 0])
+        return self._logits(x)
+
+    def _check_span(self, span: int) -> None:
+        if span > self.config.context:
+            raise ConfigError(
+                f"{span} tokens pass the model's context of {self.config.context}: give fewer, "
+                "or a config with a larger context"
+            )
+
+    def _enter(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, rotation = self.positions(self.embed(tokens), positions)
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x, rotation
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self._project(x, self.embed.weight, None) if self.head is None else self.head(x)
+
+    def streams(self) -> tuple[Stream, ...]:
+        """What a cache stores per token and layer."""
+        return choose(ATTENTIONS, "attention", self.config.attention).streams(self.config)
+
+    def new_cache(
+        self,
+        layout: str = "dense",
+        *,
+        batch: int = 1,
+        context: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """An empty cache on the model's device; by default for its whole context, in its dtype."""
+        context = self.config.context if context is None else context
+        self._check_span(context)
+        return make_cache(
+            layout,
+            self.streams(),
+            layers=self.config.layers,
+            batch=batch,
+            context=context,
+            device=self.device,
+            dtype=dtype or self.dtype,
+        )
+
+    def param_count(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are stored, a tied head counted once; works on `meta` too."""
+        stored = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+    def kv_bytes(self, batch: int, context: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a dense cache for `batch` rows of `context` tokens; by default in the model's dtype."""
+        per_token = sum(stream.heads * stream.width for stream in self.streams()) * self.config.layers
+        return per_token * batch * context * (dtype or self.dtype).itemsize
+
+    def flops(self, batch: int, tokens: int, context: int = 0, *, last_only: bool = False, causal: bool = True) -> int:
+        """Floating-point operations of a forward pass over `tokens` new tokens a row after `context` cached
+        ones.
+
+        Matrix products and attention only, 2 m n k each: norms, softmax, rotations and the embedding's lookup
+        count nothing; the head counts, for one token a row if last_only. Attention counts the pairs that
+        causality needs: new token t (from 1) meets context + t entries; causal=False counts the whole square,
+        context + tokens entries each, as published figures often do. A training step (forward and backward)
+        is 3 times this.
+        """
+        config = self.config
+        linears = [m for m in self.blocks.modules() if isinstance(m, op_table.Linear)]
+        per_token = 2 * sum(m.in_features * m.out_features for m in linears)
+        pairs = tokens * context + (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+        per_pair = choose(ATTENTIONS, "attention", config.attention).flops_per_pair(config) * config.layers
+        head = 2 * config.dim * config.vocab_size * (1 if last_only else tokens)
+        return batch * (tokens * per_token + pairs * per_pair + head)
+
+    @torch.no_grad()
+    def sdpa_backend(self, batch: int, tokens: int, context: int = 0, *, masked: bool = False) -> str:
+        """Which SDPA backend (see `tinylm.attention.sdpa_backend`) a forward of these shapes uses on this
+        device.
+
+        masked: as in a step of ragged rows or of a graph's bucket. A second chunk (tokens > 1 after a
+        context) is masked in any case. For the record beside a measurement: allocates one layer's q, k and v
+        for a moment.
+        """
+        config, span = self.config, tokens + context
+        q = torch.empty(batch, tokens, config.heads, config.head_dim, device=self.device, dtype=self.dtype)
+        kv = torch.empty(batch, config.kv_heads, span, config.head_dim, device=self.device, dtype=self.dtype)
+        masked = masked or (tokens > 1 and context > 0)
+        mask = torch.ones(batch, 1, tokens, span, dtype=torch.bool, device=self.device) if masked else None
+        return sdpa_backend(q.transpose(1, 2), kv, kv, mask=mask, is_causal=not masked and tokens > 1)
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, C), index (B,) -> (B, 1, C): one token of each row, with no copy to the host."""
+    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
