@@ -1,0 +1,306 @@
+"""The plugin through pytest itself: what reaches pytest-benchmark, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tinylm.bench.plugin  # noqa: F401
+
+# pytester forgets what a run imported, and torch cannot be imported a second time: it must be there before.
+try:
+    import torch
+except ImportError:
+    torch = None  # type: ignore[assignment]
+
+pytest_plugins = ["pytester"]
+
+SAMPLES = [0.25, 0.5, 0.125, 1.0]
+
+SUITE = f"""
+import os, time
+import pytest
+from tinylm.bench import cells
+
+SCALE = float(os.environ.get("SCALE", "1"))
+
+@cells(quick=[dict(hidden=[64, 128], impl=["eager", "torch"])], laptop=[dict(hidden=[256], impl=["eager"])],
+       choices=dict(impl=["eager", "torch"]), seconds=dict(cpu=30.0))
+def test_given(measure, hidden, impl):
+    if impl == "torch" and hidden == 128:
+        pytest.skip("torch cannot do 128")
+    measure.samples([SCALE * s for s in {SAMPLES}], timing="host", bytes=None, tokens=2)
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("TINYLM_GPU_LABEL", raising=False)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
+
+    def run(source: str, *arguments: str, subprocess: bool = False) -> pytest.RunResult:
+        pytester.makepyfile(bench_it=source)
+        command = ["-p", "tinylm.bench.plugin", "--device", "cpu", "bench_it.py", *arguments]
+        return pytester.runpytest_subprocess(*command) if subprocess else pytester.runpytest_inprocess(*command)
+
+    run.path = pytester.path  # type: ignore[attr-defined]
+    return run
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_samples_reach_the_json_as_they_are(suite: Any) -> None:
+    suite(SUITE, "--benchmark-json=out.json").assert_outcomes(passed=3, skipped=1)
+    data = load(suite.path / "out.json")
+    by_name = {b["name"]: b for b in data["benchmarks"]}
+    assert set(by_name) == {"test_given[h64-eager]", "test_given[h64-torch]", "test_given[h128-eager]"}
+    cell = by_name["test_given[h64-eager]"]
+    assert cell["stats"]["data"] == SAMPLES and cell["stats"]["median"] == 0.375
+    assert cell["params"] == {"hidden": 64, "impl": "eager"}
+    assert cell["extra_info"] == {"timing": "host", "stop_reason": "given", "tokens": 2, "tokens_per_s": 2 / 0.375}
+    assert cell["group"] == by_name["test_given[h64-torch]"]["group"] == "given h64"
+    (skipped,) = data["skipped"]
+    assert skipped["reason"] == "torch cannot do 128" and skipped["params"] == {"hidden": 128, "impl": "torch"}
+    assert data["failed"] == []
+
+
+def test_machine_info_holds_only_what_stays(suite: Any) -> None:
+    for name in ("one", "two"):
+        suite(SUITE, f"--benchmark-json={name}.json", "--gpu-label=my-card")
+    one, two = (load(suite.path / f"{name}.json")["machine_info"] for name in ("one", "two"))
+    assert one == two and one["label"] == "my-card" and one["device"]["type"] == "cpu"
+    assert not any("actual" in key for key in one["cpu"])
+
+
+def test_save_compare_and_compare_fail(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite(SUITE, "--benchmark-autosave").assert_outcomes(passed=3, skipped=1)
+    same = suite(SUITE, "--benchmark-compare", "--benchmark-compare-fail=median:1%")
+    same.assert_outcomes(passed=3, skipped=1)
+    assert same.ret == 0 and "machine_info is different" not in same.stdout.str() + same.stderr.str()
+    same.stdout.fnmatch_lines(["*(0001_*", "*(NOW)*"])
+    monkeypatch.setenv("SCALE", "1.5")
+    slower = suite(SUITE, "--benchmark-compare", "--benchmark-compare-fail=median:1%")
+    assert slower.ret != 0
+    (slower.stdout.fnmatch_lines if "regressed" in slower.stdout.str() else slower.stderr.fnmatch_lines)(
+        ["*Performance has regressed*"]
+    )
+
+
+def test_histogram(suite: Any) -> None:
+    if importlib.util.find_spec("pygal") is None:
+        pytest.skip("pytest-benchmark draws histograms with pygal, which is not installed")
+    # In a process of its own: pygal's import changes sys.meta_path for good.
+    suite(SUITE, "--benchmark-histogram=drawn", subprocess=True).assert_outcomes(passed=3, skipped=1)
+    assert list(suite.path.glob("drawn*.svg"))
+
+
+def test_command_line_compare_pairs_the_cells_of_two_labels(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite(SUITE, "--benchmark-json=results/one/main/1.json", "--gpu-label=one")
+    monkeypatch.setenv("SCALE", "2")
+    suite(SUITE, "--benchmark-json=results/two/main/1.json", "--gpu-label=two")
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "--group-by=fullname"]
+    files = [f"results/{label}/main/1.json" for label in ("one", "two")]
+    done = subprocess.run([*command, *files], cwd=suite.path, capture_output=True, text=True, check=True)
+    assert done.stdout.count("2 tests") == 3
+
+
+def test_selecting_and_disabling(suite: Any) -> None:
+    suite(SUITE, "-k", "h64 and eager").assert_outcomes(passed=1, deselected=3)
+    source = """
+def test_it(measure):
+    calls = []
+    measure(lambda x: calls.append(x), inputs=lambda: (7,), check=lambda result, x: 0.0)
+    assert calls == [7]
+"""
+    suite(source, "--benchmark-disable").assert_outcomes(passed=1)
+
+
+def test_rungs_overrides_and_forecast(suite: Any) -> None:
+    assert suite(SUITE, "--collect-only", "-q").stdout.str().count("::test_given") == 4
+    assert suite(SUITE, "--collect-only", "-q", "--preset-size=datacenter").stdout.str().count("::test_given") == 5
+    found = suite(SUITE, "--collect-only", "-q", "--hidden=8,16,32").stdout.str()
+    assert found.count("::test_given") == 6 and "[h32-torch]" in found
+    suite(SUITE).stdout.fnmatch_lines(["tinylm: label cpu,*size quick", "tinylm: bench_it.py: 4 cells, about 2.0 min"])
+
+
+CHECKS = """
+import math
+import pytest
+
+def test_wrong(measure):
+    measure(lambda: 1, check=lambda result: math.nan)
+
+def test_unequal(measure):
+    def check(result):
+        assert result == 2, "expected 2"
+    measure(lambda: 1, check=check)
+
+def test_early(measure):
+    raise ValueError("before anything")
+
+def test_memory(measure):
+    measure.extra_info["predicted_bytes"] = 5
+    raise MemoryError("64 GiB")
+
+def test_right(measure):
+    measure(lambda: 1, check=lambda result: 0.0)
+"""
+
+
+def test_a_wrong_result_is_a_failed_cell_and_never_a_number(suite: Any) -> None:
+    result = suite(CHECKS, "--benchmark-json=out.json", "-W", "error::pytest_benchmark.logger.PytestBenchmarkWarning")
+    result.assert_outcomes(passed=1, failed=3, skipped=1)
+    data = load(suite.path / "out.json")
+    assert [b["name"] for b in data["benchmarks"]] == ["test_right"]
+    assert data["benchmarks"][0]["extra_info"]["error"] == 0.0
+    reasons = {cell["name"]: cell["reason"] for cell in data["failed"]}
+    assert set(reasons) == {"test_wrong", "test_unequal", "test_early"}
+    assert "not finite" in reasons["test_wrong"] and "expected 2" in reasons["test_unequal"]
+    (memory,) = data["skipped"]
+    assert memory["reason"] == "out of memory: 64 GiB"
+    assert memory["extra_info"] == {"predicted_bytes": 5, "out_of_memory": True}
+
+
+def test_every_call_does_the_declared_work_and_is_recorded_per_unit(suite: Any) -> None:
+    source = """
+def test_it(measure):
+    made = []
+    measure(lambda: made.append(1), units=4, bytes=8, tokens=1, check=lambda result: None)
+    info = measure.extra_info
+    assert info["bytes"] == 8 and info["tokens"] == 1 and info["timing"] == "host"
+    assert len(measure.seconds) <= len(made)
+    median = sorted(measure.seconds)[len(measure.seconds) // 2]
+    assert 0 < info["of_ceiling"] == info["bytes_per_s"] / info["ceiling_bytes_per_s"]
+"""
+    suite(source, "--max-samples=3", "--min-samples=3").assert_outcomes(passed=1)
+
+
+GROUP = """
+import pytest
+from tinylm.bench import cells
+from tinylm.bench.measure import Case
+
+BUILT = []
+
+@cells(quick=[dict(phase=["decode", "train"], impl=["a", "b", "c"])])
+def test_peers(measure, phase, impl):
+    def build(value):
+        BUILT.append((phase, value))
+        if value == "c":
+            pytest.skip("c cannot")
+        return Case(lambda: value)
+    measure.interleaved("impl", build)
+
+def test_built():
+    print("BUILT", BUILT)
+"""
+
+
+def test_peers_are_measured_together_and_replay_their_own_samples(suite: Any) -> None:
+    result = suite(GROUP, "--benchmark-json=out.json", "-s")
+    result.assert_outcomes(passed=5, skipped=2)
+    # Each setting once, by the group's first test, for all of its peers.
+    expected = [(phase, value) for phase in ("decode", "train") for value in "abc"]
+    assert f"BUILT {expected}" in result.stdout.str()
+    data = load(suite.path / "out.json")
+    assert len(data["benchmarks"]) == 4
+    rounds: dict[str, set[int]] = {b["name"].split("-")[0]: set() for b in data["benchmarks"]}
+    for b in data["benchmarks"]:
+        rounds[b["name"].split("-")[0]].add(b["stats"]["rounds"])
+    assert all(len(counts) == 1 for counts in rounds.values())
+    assert [cell["reason"] for cell in data["skipped"]] == ["c cannot"] * 2
+
+
+def test_only_selected_peers_are_measured(suite: Any) -> None:
+    result = suite(GROUP, "-s", "-k", "decode-a or built")
+    assert "BUILT [('decode', 'a')]" in result.stdout.str()
+
+
+def test_cprofile_profiles_the_work(suite: Any) -> None:
+    source = """
+def the_work():
+    return sum(range(1000))
+
+def test_it(measure):
+    measure(the_work)
+"""
+    result = suite(source, "--benchmark-cprofile=cumtime")
+    result.assert_outcomes(passed=1)
+    assert "the_work" in result.stdout.str()
+
+
+def test_the_journal_has_every_finished_cell_when_the_process_dies(suite: Any) -> None:
+    source = SUITE + "\ndef test_z_dies(measure):\n    os._exit(1)\n"
+    suite(source, "--benchmark-json=out.json", subprocess=True)
+    assert not (suite.path / "out.json").exists()
+    lines = [json.loads(line) for line in (suite.path / "out.journal.jsonl").read_text().splitlines()]
+    assert lines[0]["journal"] == 1
+    outcomes = {cell["name"]: cell["outcome"] for cell in lines[1:]}
+    assert outcomes == {
+        "test_given[h64-eager]": "measured",
+        "test_given[h64-torch]": "measured",
+        "test_given[h128-eager]": "measured",
+        "test_given[h128-torch]": "skipped",
+    }
+    assert lines[1]["data"] == SAMPLES
+
+
+BAD = [
+    (["--gpu-label=a/b"], "label 'a/b'"),
+    (["--hidden=12,x"], "expected positive whole numbers"),
+    (["--impls=fast"], "expected some of eager, torch"),
+    (["--max-samples=0"], "expected"),
+    (["--cell-seconds=-1"], "expected"),
+    (["--preset-size=huge"], "--preset-size"),
+    (["--benchmark-json=bench_it.py/out.json"], "cannot be written"),
+    (["--benchmark-json=."], "folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[a[0] for a, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(arguments: list[str], words: str, suite: Any) -> None:
+    result = suite(SUITE, *arguments)
+    output = result.stdout.str() + result.stderr.str()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert words in output and "Traceback" not in output
+    assert sorted(p.name for p in suite.path.iterdir() if not p.name.startswith(("__", "."))) == ["bench_it.py"]
+
+
+def test_a_gpu_asked_for_where_there_is_none_is_one_line(pytester: pytest.Pytester, suite: Any) -> None:
+    if torch is None or torch.cuda.is_available():
+        pytest.skip("needs torch and a machine without a GPU")
+    suite(SUITE)  # writes the file
+    result = pytester.runpytest_inprocess("-p", "tinylm.bench.plugin", "--device=cuda", "bench_it.py")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--device cpu" in result.stderr.str() + result.stdout.str()
+
+
+def test_a_suite_without_torch_is_timed_by_the_host(suite: Any, pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("import sys\nsys.modules['torch'] = None\n")
+    source = """
+def test_it(measure):
+    measure(lambda: sum(range(100)), check=lambda total: float(total != 4950), tokens=100)
+"""
+    suite(source, "--benchmark-json=out.json", subprocess=True).assert_outcomes(passed=1)
+    data = load(suite.path / "out.json")
+    assert data["machine_info"]["device"]["torch"] is None and data["machine_info"]["label"] == "cpu"
+    assert data["benchmarks"][0]["extra_info"]["tokens_per_s"] > 0
+
+
+def test_no_private_name_of_pytest_benchmark_is_used() -> None:
+    package = Path(__file__).parents[2] / "tinylm" / "bench"
+    for file in package.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "import pytest_benchmark" not in text and "from pytest_benchmark" not in text, file
+        assert "_benchmarksession" not in text and "benchmark._" not in text.replace("self._benchmark._", "X"), file
