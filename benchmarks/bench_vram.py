@@ -1,0 +1,90 @@
+"""Memory against context and batch: measured in a fresh process each, beside the analytic prediction.
+
+A cell builds the model and its cache, prefills all of the context but the last token and decodes that one; the time
+is that of this step. Predicted: weights plus keys and values. On a CPU `device_used_bytes` is the growth of the
+process's peak resident memory. Out of memory is a result: the cell is reported as skipped with `out_of_memory`.
+"""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import inputs
+from tinylm.bench import cells, isolated, telemetry
+from tinylm.cache import Batch
+from tinylm.generate import prefill
+from tinylm.model import Transformer
+
+STEPS = 7
+PREFILL_TOKENS = 8192  # at once, over the whole batch: bounds the activations, which the prediction leaves out
+# Of the memory that is free when the cell starts: a driver that spills into the host's memory (WSL) then reports
+# out of memory instead of slowing down by orders of magnitude.
+CAP = 0.97
+
+
+def grid(preset, dtype, batch, context):
+    return {"preset": [preset], "dtype": dtype, "batch": batch, "context": context}
+
+
+@cells(
+    choices=inputs.CHOICES,
+    seconds={"cuda": 4.2, "cpu": 3.0},
+    quick=[grid("tiny", ["fp32"], [1, 4], [512, 2048]), grid("nano", ["fp16"], [1], [512, 2048])],
+    laptop=[
+        grid("small", ["bf16"], [1, 8], [1024, 4096, 16384]),
+        grid("small", ["fp16"], [1], [1024]),
+    ],
+    desktop=[grid("small", ["bf16"], [32], [4096, 16384])],
+    datacenter=[grid("small", ["bf16"], [64, 256], [16384]), grid("llama-3-8b", ["bf16"], [1, 8], [8192])],
+)
+def test_vram(measure, device, preset, dtype, batch, context):
+    config = inputs.shape(preset, context)
+    net = Transformer.build(config, device="meta", dtype=inputs.DTYPES[dtype])
+    measure.extra_info["predicted_bytes"] = net.weight_bytes() + net.kv_bytes(batch, context)
+    arguments = {"config": config, "dtype": dtype, "batch": batch, "context": context, "device": device}
+    outcome = isolated.run(cell, **arguments)
+    if outcome.status == "out-of-memory":
+        measure.extra_info["out_of_memory"] = True
+        pytest.skip(f"out of memory: {outcome.reason}")
+    if outcome.status != "ok":
+        pytest.fail(f"{outcome.status}: {outcome.reason}", pytrace=False)
+    seconds, found = outcome.value
+    measure.extra_info.update(found)
+    measure.samples(seconds, timing="host", tokens=batch)
+
+
+def cell(config, dtype, batch, context, device):
+    """Seconds of each decoded token, and the memory's readings."""
+    cuda = device == "cuda"
+    if cuda:
+        nvml = telemetry.Nvml.open(str(torch.cuda.get_device_properties(0).uuid))
+        before = nvml.read("used_bytes")  # no context of ours yet
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(CAP * free / total)
+    else:
+        before = telemetry.resident_bytes()
+    net = Transformer.build(config, device=device, dtype=inputs.DTYPES[dtype]).eval()
+    cache = net.new_cache(batch=batch, context=context)
+    text = inputs.tokens(config, batch, context, device)
+    prefill(net, text[:, :-1], cache, chunk=max(1, PREFILL_TOKENS // batch))
+    seconds = []
+    last = Batch.at(text[:, -1:], context - 1)  # decoded again and again: it fills the same entry with the same
+    with torch.inference_mode():
+        for _ in range(1 + STEPS):
+            start = time.perf_counter()
+            logits = net.step(last, cache)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        if not logits.isfinite().all():
+            raise ArithmeticError(f"logits at position {context - 1} are not finite")
+    if not cuda:
+        return seconds[1:], {"device_used_bytes": telemetry.peak_resident_bytes() - before}
+    own, used = nvml.read("own_bytes"), nvml.read("used_bytes")
+    difference = None if used is None or before is None else used - before
+    return seconds[1:], {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "device_used_bytes": difference if own is None else own,
+    }
