@@ -265,7 +265,8 @@ def test_a_run_that_died_leaves_its_journal_and_says_so(checkout: Path) -> None:
     (checkout / "benchmarks" / "bench_it.py").write_text(died)
     result = call("run")
     assert result.exit_code == 9
-    (left,) = files(checkout / "results")
+    # pytest-benchmark before 5.3 opens its file at the start
+    (left,) = (name for name in files(checkout / "results") if not name.endswith(".json"))
     assert left.endswith(".journal") and left in result.stderr
     assert "no JSON files" in refused("merge")
 

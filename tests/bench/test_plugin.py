@@ -106,6 +106,8 @@ def test_histogram(suite: Any) -> None:
 
 
 def test_command_line_compare_pairs_the_cells_of_two_labels(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("one", "two"):  # pytest-benchmark before 5.3 makes no folder
+        (suite.path / "results" / label / "main").mkdir(parents=True)
     suite(SUITE, "--benchmark-json=results/one/main/1.json", "--gpu-label=one")
     monkeypatch.setenv("SCALE", "2")
     suite(SUITE, "--benchmark-json=results/two/main/1.json", "--gpu-label=two")
@@ -243,7 +245,8 @@ def test_it(measure):
 def test_the_journal_has_every_finished_cell_when_the_process_dies(suite: Any) -> None:
     source = SUITE + "\ndef test_z_dies(measure):\n    os._exit(1)\n"
     suite(source, "--benchmark-json=out.json", subprocess=True)
-    assert not (suite.path / "out.json").exists()
+    written = suite.path / "out.json"
+    assert not written.exists() or written.stat().st_size == 0  # before 5.3 it is opened at the start
     lines = [json.loads(line) for line in (suite.path / "out.journal.jsonl").read_text().splitlines()]
     assert lines[0]["journal"] == 1
     outcomes = {cell["name"]: cell["outcome"] for cell in lines[1:]}
@@ -263,8 +266,8 @@ BAD = [
     (["--max-samples=0"], "expected"),
     (["--cell-seconds=-1"], "expected"),
     (["--preset-size=huge"], "--preset-size"),
-    (["--benchmark-json=bench_it.py/out.json"], "cannot be written"),
-    (["--benchmark-json=."], "folder"),
+    (["--benchmark-json=bench_it.py/out.json"], "bench_it.py/out.json"),
+    (["--benchmark-json=."], "--benchmark-json"),
 ]
 
 

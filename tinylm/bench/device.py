@@ -87,12 +87,11 @@ class Gpu:
         import torch
 
         self.torch = torch
-        torch.cuda.init()
+        self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")  # makes the context that modules load into
         self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self._functions = _compile(self.properties.major, self.properties.minor)
         # Page-locked, so that the kernel reads host memory and the host can write it while the kernel runs.
         self._flags = torch.zeros(2, dtype=torch.int32).pin_memory()
-        self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def _launch(self, name: str, grid: int, block: int, *arguments: tuple[Any, Any]) -> None:
         from cuda.bindings import driver
