@@ -229,6 +229,16 @@ def test_only_selected_peers_are_measured(suite: Any) -> None:
     assert "BUILT [('decode', 'a')]" in result.stdout.str()
 
 
+def test_a_warning_is_no_failed_cell_where_the_suite_makes_warnings_errors(suite: Any) -> None:
+    source = """
+import warnings
+
+def test_it(measure):
+    measure(lambda: warnings.warn("old", DeprecationWarning))
+"""
+    suite(source, "-W", "error").assert_outcomes(passed=1)
+
+
 def test_cprofile_profiles_the_work(suite: Any) -> None:
     source = """
 def the_work():

@@ -77,7 +77,9 @@ def _probe(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None
         return None if finite else f"{backend} {op} gave gradients that are not finite on {device} in {dtype}"
     except Exception as error:  # whatever stops a backend is a reason to report, never a crash of the suite
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+        # A first line that ends in a colon (Inductor's) only announces the reason.
+        told = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else "no message"
+        return f"{type(error).__name__}: {told}"[:300]
 
 
 def doctor(device: torch.device | str = "auto") -> list[tuple[str, bool, str, str]]:
