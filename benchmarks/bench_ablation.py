@@ -28,7 +28,7 @@ def grid(preset, dtype, batch, context, phase=PHASES):
     choices={**inputs.CHOICES, "impl": IMPLS, "op": ["rmsnorm"], "phase": PHASES},
     seconds={"cuda": 2.5, "cpu": 3.0},
     quick=[grid("tiny", ["fp32"], 1, 128), grid("nano", ["fp16"], 1, 128)],
-    laptop=[grid("tiny", ["fp16", "bf16"], 1, 1024, ["decode"]), grid("tiny", ["fp16", "bf16"], 8, 1024, ["train"])],
+    laptop=[grid("tiny", ["bf16"], 1, 1024, ["decode"]), grid("tiny", ["bf16"], 8, 1024, ["train"])],
     desktop=[grid("small", ["bf16"], 1, 1024, ["decode"]), grid("small", ["bf16"], 8, 1024, ["train"])],
     datacenter=[grid("llama-3-8b", ["bf16"], 1, 1024, ["decode"])],
 )

@@ -42,8 +42,12 @@ def test_vram(measure, device, preset, dtype, batch, context):
     config = inputs.shape(preset, context)
     net = Transformer.build(config, device="meta", dtype=inputs.DTYPES[dtype])
     measure.extra_info["predicted_bytes"] = net.weight_bytes() + net.kv_bytes(batch, context)
-    arguments = {"config": config, "dtype": dtype, "batch": batch, "context": context, "device": device}
-    outcome = isolated.run(cell, **arguments)
+    inputs.model.cache_clear()  # the last experiment's model is not to take this one's memory
+    uuid = None
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    outcome = isolated.run(cell, config=config, dtype=dtype, batch=batch, context=context, uuid=uuid)
     if outcome.status == "out-of-memory":
         measure.extra_info["out_of_memory"] = True
         pytest.skip(f"out of memory: {outcome.reason}")
@@ -54,11 +58,12 @@ def test_vram(measure, device, preset, dtype, batch, context):
     measure.samples(seconds, timing="host", tokens=batch)
 
 
-def cell(config, dtype, batch, context, device):
-    """Seconds of each decoded token, and the memory's readings."""
-    cuda = device == "cuda"
+def cell(config, dtype, batch, context, uuid):
+    """Seconds of each step, and the memory's readings; on the card with this UUID, or on the CPU if it is None."""
+    cuda = uuid is not None
+    device = "cuda" if cuda else "cpu"
     if cuda:
-        nvml = telemetry.Nvml.open(str(torch.cuda.get_device_properties(0).uuid))
+        nvml = telemetry.Nvml.open(uuid)
         before = nvml.read("used_bytes")  # no context of ours yet
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(CAP * free / total)
