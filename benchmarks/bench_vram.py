@@ -33,10 +33,13 @@ def grid(preset, dtype, batch, context):
     quick=[grid("tiny", ["fp32"], [1, 4], [512, 2048]), grid("nano", ["fp16"], [1], [512, 2048])],
     laptop=[
         grid("small", ["bf16"], [1, 8], [1024, 4096, 16384]),
-        grid("small", ["fp16"], [1], [1024]),
+        grid("small", ["fp16"], [1], [1024, 16384]),
     ],
     desktop=[grid("small", ["bf16"], [32], [4096, 16384])],
-    datacenter=[grid("small", ["bf16"], [64, 256], [16384]), grid("llama-3-8b", ["bf16"], [1, 8], [8192])],
+    datacenter=[
+        grid("small", ["bf16"], [64, 256], [4096, 16384]),
+        grid("llama-3-8b", ["bf16"], [1, 8], [1024, 8192]),
+    ],
 )
 def test_vram(measure, device, preset, dtype, batch, context):
     config = inputs.shape(preset, context)
