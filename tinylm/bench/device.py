@@ -180,10 +180,15 @@ class Ceilings:
         self._flops: dict[str, float | None] = {}
 
     @cached_property
-    def bandwidth(self) -> tuple[float, float]:
-        """(copy, read), over 4 GiB or a quarter of the free memory where that is less (CPU: 512 MiB)."""
-        import torch
+    def bandwidth(self) -> tuple[float, float] | tuple[None, None]:
+        """(copy, read), over 4 GiB or a quarter of the free memory where that is less (CPU: 512 MiB).
 
+        (None, None) without torch.
+        """
+        try:
+            import torch
+        except ImportError:
+            return None, None
         device = "cuda" if self.gpu else "cpu"
         size = CPU_COPY_BYTES
         if self.gpu:
@@ -195,21 +200,28 @@ class Ceilings:
         return copy, size / _median(self.gpu, functools.partial(self.gpu.read, source))
 
     def flops(self, dtype: str) -> float | None:
-        """A square matrix product of random data in the dtype, without TF32; None where it cannot be computed."""
+        """A square matrix product of random data in the dtype (`fp32`, `fp16`, `bf16` or `fp64`), without TF32.
+
+        None where it cannot be computed, for any other dtype, and without torch.
+        """
         if dtype not in self._flops:
             self._flops[dtype] = self._measure_flops(dtype)
         return self._flops[dtype]
 
     def _measure_flops(self, dtype: str) -> float | None:
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            return None
         device = "cuda" if self.gpu else "cpu"
-        kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype]
+        kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+        if dtype not in kinds:
+            return None
         # Grow until one product is long enough to be at full rate, so that a slow dtype costs no minutes.
         rate = None
         for n in (1024, 2048, 4096, 8192) if self.gpu else (256, 512, 1024, 2048):
             try:
-                a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+                a, b = (torch.randn(n, n, device=device).to(kinds[dtype]) for _ in range(2))
                 seconds = _median(self.gpu, functools.partial(torch.matmul, a, b))
             except timing.TimingError:
                 raise

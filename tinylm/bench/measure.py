@@ -301,7 +301,7 @@ class Measure:
         if "bytes" in extra or "flops" in extra:
             copy, read = self.machine.ceilings.bandwidth
             record |= {"ceiling_bytes_per_s": copy, "ceiling_read_bytes_per_s": read}
-            if "bytes_per_s" in rates:
+            if copy and "bytes_per_s" in rates:
                 shares.append(rates["bytes_per_s"] / copy)
         dtype = self._request.node.callspec.params.get("dtype") if hasattr(self._request.node, "callspec") else None
         if "flops" in extra and dtype is not None:
