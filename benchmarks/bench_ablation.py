@@ -26,6 +26,7 @@ def grid(preset, dtype, batch, context, phase=PHASES):
 
 @cells(
     choices={**inputs.CHOICES, "impl": IMPLS, "op": ["rmsnorm"], "phase": PHASES},
+    refuse=inputs.refuse,
     seconds={"cuda": 2.6, "cpu": 3.0},
     quick=[grid("tiny", ["fp32"], 1, 128), grid("nano", ["fp16"], 1, 128)],
     laptop=[grid("tiny", ["bf16"], 1, 1024, ["decode"]), grid("tiny", ["bf16"], 8, 1024, ["train"])],

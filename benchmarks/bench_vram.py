@@ -5,18 +5,16 @@ is that of this step. Predicted: weights plus keys and values. On a CPU `device_
 process's peak resident memory. Out of memory is a result: the cell is reported as skipped with `out_of_memory`.
 """
 
-import time
-
 import pytest
 import torch
 
 from benchmarks import inputs
-from tinylm.bench import cells, isolated, telemetry
+from tinylm.bench import cells, isolated, telemetry, timing
 from tinylm.cache import Batch
 from tinylm.generate import prefill
 from tinylm.model import Transformer
 
-STEPS = 7
+LIMITS = timing.Limits(min_samples=3, max_samples=7, seconds=0.5)
 PREFILL_TOKENS = 8192  # at once, over the whole batch: bounds the activations, which the prediction leaves out
 # Of the memory that is free when the cell starts: a driver that spills into the host's memory (WSL) then reports
 # out of memory instead of slowing down by orders of magnitude.
@@ -29,6 +27,7 @@ def grid(preset, dtype, batch, context):
 
 @cells(
     choices=inputs.CHOICES,
+    refuse=inputs.refuse,
     seconds={"cuda": 4.2, "cpu": 3.0},
     quick=[grid("tiny", ["fp32"], [1, 4], [512, 2048]), grid("nano", ["fp16"], [1], [512, 2048])],
     laptop=[
@@ -76,22 +75,18 @@ def cell(config, dtype, batch, context, uuid):
     cache = net.new_cache(batch=batch, context=context)
     text = inputs.tokens(config, batch, context, device)
     prefill(net, text[:, :-1], cache, chunk=max(1, PREFILL_TOKENS // batch))
-    seconds = []
     last = Batch.at(text[:, -1:], context - 1)  # decoded again and again: it fills the same entry with the same
     with torch.inference_mode():
-        for _ in range(1 + STEPS):
-            start = time.perf_counter()
-            logits = net.step(last, cache)
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        if not logits.isfinite().all():
+        if not net.step(last, cache).isfinite().all():
             raise ArithmeticError(f"logits at position {context - 1} are not finite")
+        sampler = timing.host(lambda: net.step(last, cache), torch.cuda.synchronize if cuda else None)
+        (samples,) = timing.collect([sampler], LIMITS)
+    seconds = samples.seconds
     if not cuda:
-        return seconds[1:], {"device_used_bytes": telemetry.peak_resident_bytes() - before}
+        return seconds, {"device_used_bytes": telemetry.peak_resident_bytes() - before}
     own, used = nvml.read("own_bytes"), nvml.read("used_bytes")
     difference = None if used is None or before is None else used - before
-    return seconds[1:], {
+    return seconds, {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         "device_used_bytes": difference if own is None else own,

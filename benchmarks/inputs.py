@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from tinylm.generate import Decoder
 from tinylm.model import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHOICES: dict[str, Iterable[str]] = {
+CHOICES: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "preset": PRESETS,
     "cache": ["dense", "none"],
@@ -27,13 +27,23 @@ DECODED = {"cuda": 64, "cpu": 8}
 
 
 def shape(name: str, tokens: int) -> ModelConfig:
-    """The preset, with room for `tokens`: RoPE has no table that ends, learned positions do and skip the cell."""
+    """The preset, with room for `tokens`: RoPE has no table that ends. Learned positions do: see `refuse`."""
     config = preset(name)
-    if tokens <= config.context:
-        return config
-    if config.positions != "rope":
-        pytest.skip(f"{name} has learned positions for {config.context} tokens, the cell needs {tokens}")
-    return preset(name, context=tokens)
+    return config if tokens <= config.context else preset(name, context=tokens)
+
+
+def refuse(cell: dict[str, Any]) -> str | None:
+    """Why a cell cannot be decoded at its context: too little room before it, or behind it in learned positions."""
+    context, half = cell["context"], DECODED["cuda"] // 2
+    config = preset(cell["preset"])
+    if context <= half:
+        return f"--contexts {context}: the context is the mean over {2 * half} tokens, give more than {half}"
+    if config.positions != "rope" and context + 2 * half > config.context:
+        return (
+            f"--contexts {context}: {cell['preset']} has learned positions for {config.context} tokens, give at most "
+            f"{config.context - 2 * half}, or a preset with rotary positions"
+        )
+    return None
 
 
 @functools.lru_cache(maxsize=1)  # the cells of one model follow each other; a large one is not kept beside the next

@@ -63,9 +63,27 @@ def test_sizes_must_be_positive_whole_numbers(text: str) -> None:
         plan.parse_values("context", text)
 
 
-def test_a_value_that_no_cell_knows_is_refused_with_the_known_ones() -> None:
+def test_an_experiment_takes_those_values_that_it_knows() -> None:
     rungs = {"quick": [{"preset": ["nano"]}]}
-    with pytest.raises(plan.PlanError, match="--presets 'huge': expected some of nano, tiny"):
-        plan.expand(rungs, "quick", {"preset": ["huge"]}, {"preset": ["nano", "tiny"]}, True)
+    known = {"preset": ["nano", "tiny"]}
+    assert plan.expand(rungs, "quick", {"preset": ["huge", "tiny"]}, known, True) == [{"preset": "tiny"}]
+    assert plan.expand(rungs, "quick", {"preset": ["huge"]}, known, True) == []
+
+
+def test_cells_that_cannot_be_are_left_out_or_refused_when_named() -> None:
+    rungs = {"quick": [{"preset": ["gpt", "rope"], "context": [8]}]}
+
+    def refuse(cell: plan.Cell) -> str | None:
+        return "gpt ends at 10" if cell["preset"] == "gpt" and cell["context"] > 10 else None
+
+    assert len(plan.expand(rungs, "quick", {}, {}, True, refuse)) == 2
+    longer = plan.expand(rungs, "quick", {"context": [20]}, {}, True, refuse)
+    assert longer == [{"preset": "rope", "context": 20}]
+    for presets in (["gpt", "rope"], ["gpt"]):
+        with pytest.raises(plan.PlanError, match="gpt ends at 10"):
+            plan.expand(rungs, "quick", {"context": [20], "preset": presets}, {}, True, refuse)
+
+
+def test_a_list_without_values_is_refused() -> None:
     with pytest.raises(plan.PlanError, match="at least one"):
         plan.parse_values("preset", " , ")

@@ -291,6 +291,69 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments: list[str], words: s
     assert sorted(p.name for p in suite.path.iterdir() if not p.name.startswith(("__", "."))) == ["bench_it.py"]
 
 
+INI = """
+[pytest]
+filterwarnings =
+    error
+    default::pytest_benchmark.logger.PytestBenchmarkWarning
+"""
+
+
+@pytest.mark.parametrize("value", ["--impls=fast", "--gpu-label=a/b"])
+def test_bad_input_stays_one_line_where_warnings_are_errors(value: str, suite: Any, pytester: pytest.Pytester) -> None:
+    pytester.makeini(INI)
+    result = suite(SUITE, value, "--benchmark-json=deep/out.json")
+    output = result.stdout.str() + result.stderr.str()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR and "Traceback" not in output
+    assert not (suite.path / "deep").exists()
+
+
+def test_cards_compare_where_warnings_are_errors(suite: Any, pytester: pytest.Pytester) -> None:
+    pytester.makeini(INI)
+    suite(SUITE, "--benchmark-autosave", "--gpu-label=one").assert_outcomes(passed=3, skipped=1)
+    result = suite(SUITE, "--benchmark-compare", "--gpu-label=two")
+    result.assert_outcomes(passed=3, skipped=1)
+    assert result.ret == 0
+
+
+def test_an_experiment_without_the_named_values_has_no_cells(suite: Any) -> None:
+    source = (
+        SUITE
+        + """
+@cells(quick=[dict(impl=["graph"])], choices=dict(impl=["graph"]))
+def test_other(measure, impl):
+    measure.samples([1.0], timing="host")
+"""
+    )
+    suite(source, "--impls=graph").assert_outcomes(passed=1, skipped=1)  # pytest's own skip of an empty set
+    assert suite(source, "--impls=torch,fast").ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_an_expected_failure_is_a_skipped_cell(suite: Any) -> None:
+    source = """
+import pytest
+
+@pytest.mark.xfail(reason="known")
+def test_it(measure):
+    raise ValueError("x")
+
+def test_other(measure):
+    measure(lambda: 1)
+"""
+    suite(source, "--benchmark-json=out.json").assert_outcomes(passed=1, xfailed=1)
+    assert "known" in load(suite.path / "out.json")["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "rung"),
+    [(4.0, "quick"), (5.6, "laptop"), (7.6, "laptop"), (15.6, "desktop"), (23.6, "desktop"), (39.4, "datacenter")],
+)
+def test_the_rung_follows_from_the_memory_that_a_card_reports(gib: float, rung: str) -> None:
+    from tinylm.bench.plugin import RUNG_MEMORY_GIB
+
+    assert next(name for name, least in RUNG_MEMORY_GIB.items() if gib >= least) == rung
+
+
 def test_a_gpu_asked_for_where_there_is_none_is_one_line(pytester: pytest.Pytester, suite: Any) -> None:
     if torch is None or torch.cuda.is_available():
         pytest.skip("needs torch and a machine without a GPU")

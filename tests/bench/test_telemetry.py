@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,6 @@ def fake_nvml(**functions: Any) -> Any:
         "nvmlDeviceGetTemperature",
         "nvmlDeviceGetComputeRunningProcesses",
         "nvmlDeviceGetCurrentClocksThrottleReasons",
-        "nvmlDeviceGetClockInfo",
         "nvmlDeviceGetName",
         "nvmlSystemGetDriverVersion",
         "nvmlSystemGetCudaDriverVersion",
@@ -69,7 +69,6 @@ def fake_nvml(**functions: Any) -> Any:
     base = dict.fromkeys(names, refuse) | {
         "NVMLError": FakeError,
         "NVML_TEMPERATURE_GPU": 0,
-        "NVML_CLOCK_SM": 1,
         "nvmlInit": lambda: None,
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda i: card,
@@ -91,13 +90,13 @@ def test_what_nvml_refuses_is_none_with_the_reason_and_never_zero(monkeypatch: p
 
 def test_readings_are_in_si_units(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_nvml(
-        nvmlDeviceGetClockInfo=lambda card, kind: 1980,
+        nvmlDeviceGetTemperature=lambda card, kind: 35,
         nvmlSystemGetCudaDriverVersion=lambda: 13010,
         nvmlDeviceGetPowerManagementLimit=lambda card: 700_000,
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     nvml = telemetry.Nvml.open()
-    assert [nvml.read(n) for n in ("sm_clock_hz", "driver_cuda", "power_limit_w")] == [1.98e9, "13.1", 700.0]
+    assert [nvml.read(n) for n in ("temperature_c", "driver_cuda", "power_limit_w")] == [35, "13.1", 700.0]
 
 
 def test_without_the_package_or_a_card_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +114,15 @@ def fake_torch(cuda: str | None, available: bool = False, works: bool = True) ->
             raise RuntimeError("CUDA error: no kernel image is available\nmore")
         return SimpleNamespace(sum=lambda: SimpleNamespace(item=lambda: 8.0))
 
+    def is_available() -> bool:
+        if cuda and not available:
+            warnings.warn("CUDA initialization: the driver is too old", stacklevel=2)  # as torch does
+        return available
+
     return SimpleNamespace(
         __version__="2.13.0",
         version=SimpleNamespace(cuda=cuda),
-        cuda=SimpleNamespace(is_available=lambda: available),
+        cuda=SimpleNamespace(is_available=is_available),
         ones=ones,
     )
 

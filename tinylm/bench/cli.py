@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import pytest
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from typer.core import TyperGroup
 
 from tinylm.bench import compare as comparison
 from tinylm.bench import results, telemetry
+from tinylm.bench.plan import RUNGS
 from tinylm.bench.results import PLOTS, TABLES, BadInput, BrokenFile, Row
 
 RESULTS = Path("results")
@@ -218,6 +220,8 @@ def run(
     extra = list(ctx.args)
     if any(argument.startswith("--benchmark-json") for argument in extra):
         raise BadInput("--benchmark-json: `run` names the file itself; use --results, or pytest directly")
+    if preset_size is not None and preset_size not in RUNGS:
+        raise BadInput(f"--preset-size {preset_size!r}: expected one of {', '.join(RUNGS)}")
     label = _label(_facts(device), gpu_label)
     options = [
         f"--gpu-label={label}",
@@ -232,6 +236,9 @@ def run(
     partial, final = _claim(folder / label / results.check_label(suite))
     command = [sys.executable, "-m", "pytest", *paths, f"--benchmark-json={partial}", *options, *extra]
     status = _finish(command)
+    if status == pytest.ExitCode.USAGE_ERROR:  # pytest said why
+        shutil.rmtree(partial.parent)
+        raise typer.Exit(2)
     if not _complete(status, partial):
         raise typer.Exit(status or 1)
     os.replace(partial, final)

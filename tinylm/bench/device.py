@@ -200,9 +200,9 @@ class Ceilings:
         return copy, size / _median(self.gpu, functools.partial(self.gpu.read, source))
 
     def flops(self, dtype: str) -> float | None:
-        """A square matrix product of random data in the dtype (`fp32`, `fp16`, `bf16` or `fp64`), without TF32.
+        """A square matrix product a b^T, as of a linear layer, of random data, without TF32.
 
-        None where it cannot be computed, for any other dtype, and without torch.
+        dtype: `fp32`, `fp16`, `bf16` or `fp64`. None for any other, where it cannot be computed, and without torch.
         """
         if dtype not in self._flops:
             self._flops[dtype] = self._measure_flops(dtype)
@@ -222,7 +222,7 @@ class Ceilings:
         for n in (1024, 2048, 4096, 8192) if self.gpu else (256, 512, 1024, 2048):
             try:
                 a, b = (torch.randn(n, n, device=device).to(kinds[dtype]) for _ in range(2))
-                seconds = _median(self.gpu, functools.partial(torch.matmul, a, b))
+                seconds = _median(self.gpu, functools.partial(torch.nn.functional.linear, a, b))
             except timing.TimingError:
                 raise
             except RuntimeError:  # no kernel for the dtype, or no memory for this size

@@ -57,6 +57,11 @@ class Machine:
         return telemetry.Nvml.open(str(self.gpu.properties.uuid)) if self.gpu else telemetry.Nvml(reason="no card")
 
     @property
+    def null_reasons(self) -> dict[str, str]:
+        """Why readings were null, by name."""
+        return dict(self.nvml.reasons) if "nvml" in self.__dict__ else {}
+
+    @property
     def computes_bf16(self) -> bool:
         """Whether bf16 is computed natively: compute capability 8.0 up. A CPU is not counted as doing so."""
         capability = self.facts["compute_capability"]
@@ -138,7 +143,8 @@ class Measure:
         flops: float | None = None,
         tokens: float | None = None,
     ) -> None:
-        """Check, time and record fn(*inputs()).
+        """Check, time and record fn(*inputs()). Raises CheckFailed for a wrong result, TimingError for work that the
+        mode cannot time.
 
         timing: `cold` (what a GPU gets by default), `graph`, `hot` or `host`; a CPU is always timed by `host`.
         sync: waits for work that torch's streams do not see. units: how many equal units one call of fn does, as
@@ -270,7 +276,12 @@ class Measure:
         return results
 
     def _telemetry(self, work: timing.Work, seconds: float) -> dict[str, Any]:
-        """Allocator peaks of one call, then clock, power and temperature while the work runs on."""
+        """Allocator peaks of one call, then power, temperature and clock.
+
+        The peaks are the process's: they hold what else lives beside the work (cold's flush buffer, the peers of an
+        interleaved group). Work of less than 30 ms is kept running while they are read; the driver averages
+        `power_w` over up to a second, so that it also knows what ran before.
+        """
         if self.device == "cpu":
             return {}
         import torch

@@ -7,7 +7,7 @@ cells. The rungs are nested: `quick` in `laptop` in `desktop` in `datacenter`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -58,7 +58,8 @@ def parse_values(axis: str, text: str) -> list[Any]:
 
 def cells(
     *,
-    choices: Mapping[str, Iterable[str]] | None = None,
+    choices: Mapping[str, Collection[str]] | None = None,
+    refuse: Callable[[Cell], str | None] | None = None,
     seconds: Mapping[str, float] | None = None,
     quick: Sequence[Grid],
     laptop: Sequence[Grid] = (),
@@ -67,36 +68,47 @@ def cells(
 ) -> Callable[[Any], Any]:
     """Mark a benchmark with its grids, one list per rung; each rung adds to those before it.
 
-    choices: axis -> the values that the command line may name. seconds: device type -> expected wall time of a
+    choices: axis -> the values that the command line may name. refuse: why a cell that the command line asks for cannot
+    be, in one line, or None. seconds: device type -> expected wall time of a
     cell, for the forecast at the start.
     """
     rungs = dict(zip(RUNGS, (quick, laptop, desktop, datacenter), strict=True))
-    return pytest.mark.cells(rungs=rungs, choices=dict(choices or {}), seconds=dict(seconds or {}))
+    return pytest.mark.cells(rungs=rungs, choices=dict(choices or {}), refuse=refuse, seconds=dict(seconds or {}))
 
 
 def expand(
     rungs: Mapping[str, Sequence[Grid]],
     size: str,
     overrides: Mapping[str, Sequence[Any]],
-    choices: Mapping[str, Iterable[str]],
+    choices: Mapping[str, Container[Any]],
     bf16: bool,
+    refuse: Callable[[Cell], str | None] | None = None,
 ) -> list[Cell]:
     """All cells up to the rung `size`, in order, each once.
+
+    Cells that `refuse` refuses are left out; raises PlanError if the command line names their preset, or if no cell is
+    left. Of the values that an override gives, an experiment takes those among its `choices`.
 
     Where the device does not compute bf16, cells of bf16 that nobody asked for become fp16, and fall together with
     those of fp16.
     """
-    for axis, allowed in choices.items():
-        for value in overrides.get(axis, ()):
-            if value not in allowed:
-                raise PlanError(f"{option(axis)} {value!r}: expected some of {', '.join(map(str, allowed))}")
+    taken = {
+        axis: [value for value in values if axis not in choices or value in choices[axis]]
+        for axis, values in overrides.items()
+    }
     found: dict[tuple[Any, ...], Cell] = {}
+    refused: list[str] = []
     for rung in RUNGS[: RUNGS.index(size) + 1]:
         for grid in rungs.get(rung, ()):
-            for cell in _product(grid, overrides):
+            for cell in _product(grid, taken):
+                if overrides and refuse is not None and (reason := refuse(cell)):
+                    refused.append(reason)
+                    continue
                 if cell.get("dtype") == "bf16" and not bf16 and "dtype" not in overrides:
                     cell = cell | {"dtype": "fp16"}
                 found.setdefault(tuple(cell.values()), cell)
+    if refused and ("preset" in overrides or not found):
+        raise PlanError(refused[0])
     return list(found.values())
 
 

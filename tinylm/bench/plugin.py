@@ -7,7 +7,6 @@ Everything reaches pytest-benchmark through its public ways: a marker with a vir
 from __future__ import annotations
 
 import datetime
-import errno
 import gc
 import json
 import os
@@ -22,13 +21,15 @@ import pytest
 from tinylm.bench import isolated, plan, telemetry, timing
 from tinylm.bench.measure import Clock, Machine, Measure
 
-# The smallest memory of a card, in GiB, for which a rung is chosen when none is given.
-RUNG_MEMORY_GIB = {"datacenter": 40, "desktop": 16, "laptop": 6, "quick": 0}
+# The smallest memory of a card, in GiB, for which a rung is chosen when none is given: below the nominal 40, 16 and 6,
+# of which the driver keeps a part.
+RUNG_MEMORY_GIB = {"datacenter": 36, "desktop": 14, "laptop": 5, "quick": 0}
 
 _MACHINE = pytest.StashKey[Machine]()
 _CLOCK = pytest.StashKey[Clock]()
 _TROUBLE = pytest.StashKey[list[str]]()
 _OVERRIDES = pytest.StashKey[Mapping[str, Sequence[Any]]]()
+_KNOWN = pytest.StashKey[dict[str, list[Any]]]()  # axis -> what the experiments of this run take
 _CELLS = pytest.StashKey[list[dict[str, Any]]]()  # finished cells, in order
 _JOURNAL = pytest.StashKey[Path]()
 _MEASURE = pytest.StashKey[Measure]()
@@ -50,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(rungs, choices, seconds): the cells of an experiment (tinylm)")
     config.stash[_CLOCK] = Clock()
     config.stash[_TROUBLE] = []
+    config.stash[_KNOWN] = {}
     config.stash[_CELLS] = []
     try:  # what can be refused without a look at the device is refused at once
         telemetry.label({"type": "cpu"}, config.getoption("gpu_label"))
@@ -61,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         }
         json_path = _json_path(config)
         if json_path is not None:
-            config.stash[_JOURNAL] = _new_journal(json_path)
+            config.stash[_JOURNAL] = _journal(json_path)
     except (telemetry.MachineError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -69,11 +71,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def _limits(config: pytest.Config, default: timing.Limits) -> timing.Limits:
     low, high = config.getoption("min_samples"), config.getoption("max_samples")
     seconds = config.getoption("cell_seconds")
-    return timing.Limits(
-        min_samples=low if low is not None else min(default.min_samples, default.max_samples if high is None else high),
-        max_samples=high if high is not None else max(default.max_samples, default.min_samples if low is None else low),
-        seconds=default.seconds if seconds is None else seconds,
-    )
+    least = low if low is not None else min(default.min_samples, high or default.min_samples)
+    most = high if high is not None else max(default.max_samples, least)
+    try:
+        return timing.Limits(least, most, default.seconds if seconds is None else seconds)
+    except ValueError as error:
+        raise ValueError(f"--min-samples, --max-samples, --cell-seconds: {error}") from None
 
 
 def _machine(config: pytest.Config) -> Machine:
@@ -99,8 +102,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found: list[plan.Cell] = []
     try:
         machine = _machine(config)
+        overrides = config.stash[_OVERRIDES]
+        for axis in axes:
+            config.stash[_KNOWN].setdefault(axis, []).extend(
+                marker.kwargs["choices"].get(axis, overrides.get(axis, []))
+            )
         found = plan.expand(
-            rungs, preset_size(config), config.stash[_OVERRIDES], marker.kwargs["choices"], machine.computes_bf16
+            rungs,
+            preset_size(config),
+            overrides,
+            marker.kwargs["choices"],
+            machine.computes_bf16,
+            marker.kwargs["refuse"],
         )
     except (telemetry.MachineError, plan.PlanError) as error:  # raised here it would be a traceback
         config.stash[_TROUBLE].append(str(error))
@@ -131,6 +144,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             _machine(config)
         except telemetry.MachineError as error:
             trouble.append(str(error))
+    for axis, values in config.stash[_OVERRIDES].items():
+        known = config.stash[_KNOWN].get(axis)
+        unknown = [value for value in values if known is not None and value not in known]
+        if unknown:
+            expected = ", ".join(dict.fromkeys(map(str, known or [])))
+            trouble.append(f"{plan.option(axis)} {unknown[0]!r}: expected some of {expected}")
     if trouble:
         raise pytest.UsageError(trouble[0])
     for item in ours:
@@ -227,13 +246,20 @@ def _finished(item: pytest.Item, report: Any, call: pytest.CallInfo[None]) -> No
     if report.passed:
         cell["data"] = fixture.seconds if fixture else []
     elif report.skipped:
-        cell["reason"] = report.longrepr[2].removeprefix("Skipped: ")
+        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+        cell["reason"] = told.removeprefix("Skipped: ")
     else:
         assert call.excinfo is not None
         cell["reason"] = f"{call.excinfo.typename}: {call.excinfo.value}".splitlines()[0]
     item.config.stash[_CELLS].append(cell)
-    if _JOURNAL in item.config.stash:
-        _append(item.config.stash[_JOURNAL], cell)
+    journal = item.config.stash.get(_JOURNAL, None)
+    if journal is not None:
+        if len(item.config.stash[_CELLS]) == 1:
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            journal.unlink(missing_ok=True)
+            now = datetime.datetime.now(datetime.UTC).isoformat()
+            _append(journal, {"journal": 1, "started": now, "argv": sys.argv[1:]})
+        _append(journal, cell)
 
 
 # --- the journal and the JSON --------------------------------------------------------------------------------------
@@ -245,19 +271,16 @@ def _json_path(config: pytest.Config) -> Path | None:
     return given if given is None or isinstance(given, Path) else Path(given.name)
 
 
-def _new_journal(json_path: Path) -> Path:
+def _journal(json_path: Path) -> Path:
+    """Where the journal of this file goes, once a cell is finished. Raises ValueError if the file cannot be written."""
     if json_path.is_dir():
         raise ValueError(f"--benchmark-json {json_path}: is a folder, expected a file")
-    journal = json_path.with_name(json_path.stem + ".journal.jsonl")
-    try:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        journal.write_text("", encoding="utf-8")
-        if json_path.exists() and not os.access(json_path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ValueError(f"--benchmark-json {json_path}: cannot be written ({error.strerror}): name another") from None
-    _append(journal, {"journal": 1, "started": datetime.datetime.now(datetime.UTC).isoformat(), "argv": sys.argv[1:]})
-    return journal
+    there = json_path if json_path.exists() else json_path.absolute().parent
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK) or not (there.is_dir() or there == json_path):
+        raise ValueError(f"--benchmark-json {json_path}: {there} cannot be written: name another")
+    return json_path.with_name(json_path.stem + ".journal.jsonl")
 
 
 def _append(journal: Path, entry: dict[str, Any]) -> None:
@@ -285,3 +308,5 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     for outcome in ("skipped", "failed"):
         cells = [cell for cell in config.stash[_CELLS] if cell["outcome"] == outcome]
         output_json[outcome] = [{k: v for k, v in cell.items() if k != "outcome"} for cell in cells]
+    if _MACHINE in config.stash:  # why a reading of extra_info is null
+        output_json["null_reasons"] = config.stash[_MACHINE].null_reasons

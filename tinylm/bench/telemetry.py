@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,12 @@ class Nvml:
         return cls(reason=f"NVML shows {count} cards, none with UUID {uuid}")
 
     def read(self, name: str) -> Any:
-        """A reading by its name in `_READINGS`, in SI units, or None; `reasons[name]` then tells why."""
+        """A reading by its name, or None; `reasons[name]` then tells why.
+
+        name, driver, driver_cuda: str. power_limit_w, power_w: watts, the latter averaged by the driver over up to a
+        second. temperature_c: degrees Celsius. throttle: list of reasons. used_bytes: of the whole card;
+        own_bytes: of this process.
+        """
         if self.handle is None:
             self.reasons[name] = self.reason or "no card"
             return None
@@ -110,7 +116,6 @@ _READINGS: dict[str, Any] = {
     "power_limit_w": lambda nvml, card: nvml.nvmlDeviceGetPowerManagementLimit(card) / 1e3,
     "power_w": lambda nvml, card: nvml.nvmlDeviceGetPowerUsage(card) / 1e3,
     "temperature_c": lambda nvml, card: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
-    "sm_clock_hz": lambda nvml, card: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM) * 1e6,
     "throttle": _throttle_reasons,
     "used_bytes": lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card).used,
     "own_bytes": _own_memory,
@@ -127,7 +132,9 @@ def resolve_device(asked: str) -> str:
         if asked == "cuda":
             raise MachineError("--device cuda: torch is not installed: pip install torch") from None
         return "cpu"
-    trouble = _cuda_trouble(torch)
+    with warnings.catch_warnings():  # torch warns of the same trouble in many lines
+        warnings.simplefilter("ignore")
+        trouble = _cuda_trouble(torch)
     if trouble is None:
         return "cuda"
     card = card_in_machine()

@@ -119,7 +119,10 @@ def warm(sampler: Sampler, limits: Limits) -> None:
 
 
 def host(work: Work, sync: Callable[[], Any] | None = None) -> Sampler:
-    """Wall clock of one call, from an idle device to an idle device; short work is repeated within a sample."""
+    """Wall clock of one call, from an idle device to an idle device.
+
+    Work of less than HOST_SAMPLE_S is repeated within a sample, without synchronization in between.
+    """
 
     def once(calls: int) -> float:
         if sync is not None:
