@@ -27,7 +27,7 @@ def grid(preset, dtype, batch, context, phase=PHASES):
 @cells(
     choices={**inputs.CHOICES, "impl": IMPLS, "op": ["rmsnorm"], "phase": PHASES},
     refuse=inputs.refuse,
-    seconds={"cuda": 2.6, "cpu": 3.0},
+    seconds={"cuda": 2.6, "cpu": 1.8},
     quick=[grid("tiny", ["fp32"], 1, 128), grid("nano", ["fp16"], 1, 128)],
     laptop=[grid("tiny", ["bf16"], 1, 1024, ["decode"]), grid("tiny", ["bf16"], 8, 1024, ["train"])],
     desktop=[grid("small", ["bf16"], 1, 1024, ["decode"]), grid("small", ["bf16"], 8, 1024, ["train"])],

@@ -20,7 +20,7 @@ def grid(preset, dtype, batch, context):
 @cells(
     choices={**inputs.CHOICES, "phase": ["prefill", "decode"]},
     refuse=inputs.refuse,
-    seconds={"cuda": 2.2, "cpu": 1.2},
+    seconds={"cuda": 2.2, "cpu": 0.6},
     quick=[
         *grid("nano", ["fp16", "fp32"], [1, 8], [128]),
         *grid("tiny", ["fp32"], [1, 8], [128]),

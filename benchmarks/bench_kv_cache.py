@@ -16,7 +16,7 @@ def grid(preset, dtype, context, impl=("eager", "graph")):
 @cells(
     choices=inputs.CHOICES,
     refuse=inputs.refuse,
-    seconds={"cuda": 2.1, "cpu": 1.7},
+    seconds={"cuda": 2.1, "cpu": 1.3},
     quick=[grid("tiny", ["fp32"], [128, 256, 512]), grid("nano", ["fp16"], [128, 512])],
     laptop=[grid("tiny", ["bf16"], [128, 512, 2048]), grid("tiny", ["fp16"], [2048])],
     desktop=[grid("tiny", ["bf16"], [256, 1024, 4096])],

@@ -31,7 +31,7 @@ def few_rows(dtype):
 
 @cells(
     choices={"impl": IMPLS, "dtype": DTYPES, "direction": DIRECTIONS},
-    seconds={"cuda": 0.6, "cpu": 1.0},
+    seconds={"cuda": 0.6, "cpu": 0.3},
     # A compiled backward takes a C++ compiler 10 s on a small machine, so `quick` compiles at two sizes only.
     quick=[
         grid(2, [256, 1024, 4096, 16384, 65536], ["fp32", "fp16"], [i for i in IMPLS if i != "compile"]),

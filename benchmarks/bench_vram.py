@@ -28,7 +28,7 @@ def grid(preset, dtype, batch, context):
 @cells(
     choices=inputs.CHOICES,
     refuse=inputs.refuse,
-    seconds={"cuda": 4.2, "cpu": 3.0},
+    seconds={"cuda": 4.2, "cpu": 3.2},
     quick=[grid("tiny", ["fp32"], [1, 4], [512, 2048]), grid("nano", ["fp16"], [1], [512, 2048])],
     laptop=[
         grid("small", ["bf16"], [1, 8], [1024, 4096, 16384]),
