@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,6 +22,10 @@ except ImportError:
     torch = None  # type: ignore[assignment]
 
 pytest_plugins = ["pytester"]
+
+# Where tinylm is installed, its entry point loads the plugin; in a bare checkout it is named.
+INSTALLED = any(entry.name == "tinylm.bench.plugin" for entry in importlib.metadata.entry_points(group="pytest11"))
+LOADED = [] if INSTALLED else ["-p", "tinylm.bench.plugin"]
 
 SAMPLES = [0.25, 0.5, 0.125, 1.0]
 
@@ -49,7 +54,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(source: str, *arguments: str, subprocess: bool = False) -> pytest.RunResult:
         pytester.makepyfile(bench_it=source)
-        command = ["-p", "tinylm.bench.plugin", "--device", "cpu", "bench_it.py", *arguments]
+        command = [*LOADED, "--device", "cpu", "bench_it.py", *arguments]
         return pytester.runpytest_subprocess(*command) if subprocess else pytester.runpytest_inprocess(*command)
 
     run.path = pytester.path  # type: ignore[attr-defined]
@@ -358,7 +363,7 @@ def test_a_gpu_asked_for_where_there_is_none_is_one_line(pytester: pytest.Pytest
     if torch is None or torch.cuda.is_available():
         pytest.skip("needs torch and a machine without a GPU")
     suite(SUITE)  # writes the file
-    result = pytester.runpytest_inprocess("-p", "tinylm.bench.plugin", "--device=cuda", "bench_it.py")
+    result = pytester.runpytest_inprocess(*LOADED, "--device=cuda", "bench_it.py")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "--device cpu" in result.stderr.str() + result.stdout.str()
 
