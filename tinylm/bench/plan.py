@@ -69,8 +69,7 @@ def cells(
     """Mark a benchmark with its grids, one list per rung; each rung adds to those before it.
 
     choices: axis -> the values that the command line may name. refuse: why a cell that the command line asks for cannot
-    be, in one line, or None. seconds: device type -> expected wall time of a
-    cell, for the forecast at the start.
+    be, in one line, or None. seconds: device type -> expected wall time of a cell, for the forecast at the start.
     """
     rungs = dict(zip(RUNGS, (quick, laptop, desktop, datacenter), strict=True))
     return pytest.mark.cells(rungs=rungs, choices=dict(choices or {}), refuse=refuse, seconds=dict(seconds or {}))
