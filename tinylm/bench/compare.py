@@ -1,27 +1,42 @@
-"""Two sides, each a set of runs: how many times more the new side takes, cell by cell.
+"""Two sides or more, each a set of runs: how many times more the new side takes, cell by cell, and whether
+that is a change.
 
 The unit is the run, never the sample: samples of one run share its clock, heat and placement, and pooling
 them calls identical code different most of the time. A cell of a run is one number, the log of its median;
-the interval is Welch's on those numbers.
+the interval is Welch's on those numbers. A verdict is a minimum-effect test: the change must be shown to be
+*more* than the threshold. Runs made one after the other share the state of their machine, so enough of them
+show some difference between any two sides; a test against exactly none would call that a change.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tinylm.bench import results
+from tinylm.bench import results, stats
 from tinylm.bench.results import BadInput, Row
 
-CONFIDENCE = 0.95
-TOO_FEW = "too few runs"
-COLUMNS = (
-    *("base", "new", "experiment", "cell", "metric", "base_value", "new_value"),
-    *("ratio", "low", "high", "base_runs", "new_runs", "verdict"),
-)
+# What people call a metric -> columns of the table; the first that a cell of both sides has.
+METRICS = {
+    "time": ("median",),
+    "tokens": ("tokens_per_s",),
+    "memory": ("peak_allocated_bytes", "device_used_bytes"),
+    "energy": ("energy_j",),
+    "ceiling": ("of_ceiling",),
+}
+TIMES = ("median", "min", "max", "mean", "q1", "q3")
+TOO_FEW, OTHER_LABEL, NO_LABEL = "too few runs", "other label", "no label"
+CHANGES = ("slower", "faster", "more", "less")
+VERDICTS = (*CHANGES, "equivalent", "inconclusive", TOO_FEW)
+ANY_CHANGE, MISSING = "any-change", "missing"
+# The least spread of log times from run to run that is believed: two runs agree better by chance, or because
+# the clock's step hides the rest. Ten processes within 0.3%, the best that is promised, are 0.1%.
+FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell. `ratio` is new / base of the geometric means over runs; `low` and `high` its 95% interval."""
+    """One cell. `ratio` is new / base of the geometric means over runs; `low` and `high` its 95% interval;
+    `p` is of the hypothesis that it changed by no more than the threshold, `p_adjusted` the same for the
+    number of cells judged. None: the runs do not tell."""
 
     base: str
     new: str
@@ -47,6 +64,8 @@ class Comparison:
     ratio: float
     low: float | None
     high: float | None
+    p: float | None
+    p_adjusted: float | None
     base_runs: int
     new_runs: int
     verdict: str
@@ -60,150 +79,147 @@ def side(name: str, rows: list[Row]) -> Side:
     return Side(name, labels[0] if labels else results.UNLABELLED, rows)
 
 
-def compare(base: Side, new: Side, metric: str = "median", threshold: float = 0.0) -> list[Comparison]:
-    """Every cell that both sides measured, in the base's order.
+def fraction(text: str) -> float:
+    """`2%` and `0.02` -> 0.02. Raises BadInput for what is neither: 2 may have been meant as 2%."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%?)", text.strip())
+    value = float(match[1]) / (100 if match[2] else 1) if match else math.inf
+    if value >= 1 and not (match and match[2] and value < math.inf):
+        raise BadInput(f"{text!r}: expected a share such as 2% or 0.02")
+    return value
 
-    metric: a column of the table (`median`, `mean`, `tokens_per_s`, ...). threshold: the smallest change of
-    interest, as a fraction. Raises BadInput for a metric that neither side has.
+
+def column(metric: str, sides: Sequence[Side]) -> str:
+    """The column that a word for a metric means here. Raises BadInput where no cell of any side has it."""
+    found = {key for side in sides for row in side.rows for key, value in row.items() if _positive(value)}
+    names = METRICS.get(metric, (metric,))
+    on_all = (name for name in names if all(any(_positive(row.get(name)) for row in s.rows) for s in sides))
+    chosen = next(on_all, None) or next((name for name in names if name in found), None)
+    if chosen is None:
+        words = [word for word, columns in METRICS.items() if not found.isdisjoint(columns)]
+        known = ", ".join([*words, *sorted(found.difference(results.PARAMS, results.ORIGIN))])
+        raise BadInput(f"metric {metric!r}: no cell has it; expected one of {known or 'none: no cell was measured'}")
+    return chosen
+
+
+def compare(base: Side, new: Sequence[Side], columns: Sequence[str], threshold: float) -> list[Comparison]:
+    """Every cell that the base and a new side measured, for each new side and column, in the base's order.
+
+    threshold: the smallest change of interest, as a fraction. The verdicts hold for all cells together: the
+    p-values of all of them are adjusted by Benjamini and Hochberg's method.
     """
-    before, after = _logs(base, metric), _logs(new, metric)
-    if not before and not after:
-        known = sorted({key for row in base.rows for key, value in row.items() if _positive(value)})
-        raise BadInput(f"metric {metric!r}: no cell has it; expected one of {', '.join(known) or 'none'}")
-    found = []
-    for key, old in before.items():
-        if key not in after:
+    margin = math.log1p(threshold)
+    found = [cell for side in new for metric in columns for cell in _cells(base, side, metric, margin)]
+    judged = [cell.p for cell in found if cell.p is not None]
+    adjusted = iter(stats.adjusted(judged))
+    return [_judged(cell, next(adjusted), threshold) if cell.p is not None else cell for cell in found]
+
+
+def _cells(base: Side, new: Side, metric: str, margin: float) -> Iterable[Comparison]:
+    before, after = measured(base, metric), measured(new, metric)
+    for cell, old in before.items():
+        if not (now := after.get(cell)):
             continue
-        difference, interval = welch(old, after[key])
-        low, high = (math.exp(end) for end in interval) if interval else (None, None)
-        if base.label != new.label:
-            verdict = "other label"
-        elif base.label == results.UNLABELLED:
-            verdict = "no label"
-        else:
-            verdict = _verdict(difference, interval, metric, threshold)
-        means = math.exp(statistics.fmean(old)), math.exp(statistics.fmean(after[key]))
-        sizes = len(old), len(after[key])
-        found.append(
-            Comparison(base.name, new.name, *key, metric, *means, math.exp(difference), low, high, *sizes, verdict)
+        # A count, of bytes for example, may come out the same in every run; a time that does has no spread to see.
+        floor = 0.0 if all(isinstance(value, int) for value in (*old, *now)) else FLOOR
+        logs = [math.log(value) for value in old], [math.log(value) for value in now]
+        means = statistics.mean(logs[0]), statistics.mean(logs[1])
+        difference = stats.welch(logs[0], logs[1], floor)
+        low, high = map(math.exp, difference.interval()) if difference else (None, None)
+        p, verdict = (difference.p(margin), "") if difference else (None, TOO_FEW)
+        if base.label != new.label or base.label == results.UNLABELLED:
+            p, verdict = None, OTHER_LABEL if base.label != new.label else NO_LABEL
+        yield Comparison(
+            base=base.name,
+            new=new.name,
+            experiment=cell[0],
+            cell=cell[1],
+            metric=metric,
+            base_value=old[0] if len(set(old)) == 1 else math.exp(means[0]),
+            new_value=now[0] if len(set(now)) == 1 else math.exp(means[1]),
+            ratio=math.exp(means[1] - means[0]),
+            low=low,
+            high=high,
+            p=p,
+            p_adjusted=None,
+            base_runs=len(old),
+            new_runs=len(now),
+            verdict=verdict,
         )
-    return found
 
 
-def unpaired(base: Side, new: Side, metric: str) -> tuple[int, int]:
-    """How many measured cells only the base has, and only the new side."""
-    before, after = set(_logs(base, metric)), set(_logs(new, metric))
-    return len(before - after), len(after - before)
+def _judged(cell: Comparison, p_adjusted: float, threshold: float) -> Comparison:
+    """faster or slower (less or more) after the correction; equivalent by the interval, as in a pair."""
+    assert cell.low is not None and cell.high is not None
+    if p_adjusted <= 1 - stats.CONFIDENCE:
+        verdict = words(cell.metric)[cell.ratio > 1]
+    else:
+        verdict = "equivalent" if stats.verdict(cell.low, cell.high, threshold) == "equivalent" else "inconclusive"
+    return dataclasses.replace(cell, p_adjusted=p_adjusted, verdict=verdict)
 
 
-def _logs(side: Side, metric: str) -> dict[tuple[str, str], list[float]]:
-    """(experiment, cell) -> one log per run."""
-    samples: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+def measured(side: Side, metric: str) -> dict[tuple[str, str], list[Any]]:
+    """(experiment, cell) -> one value per run."""
+    samples: dict[tuple[str, str], dict[tuple[str, str], list[Any]]] = {}
     for row in side.rows:
-        value = row.get(metric)
-        if row["outcome"] == "measured" and value is not None and _positive(value):
-            # The folder before the file's name tells where pytest was started, not which cell this is.
-            test = str(row.get("fullname") or row["name"]).partition("::")[2] or row["name"]
-            runs = samples.setdefault((row["experiment"], test), {})
-            runs.setdefault((row["suite"], row["run"]), []).append(math.log(value))
-    return {key: [statistics.fmean(logs) for logs in runs.values()] for key, runs in samples.items()}
+        if row["outcome"] == "measured" and _positive(value := row.get(metric)):
+            runs = samples.setdefault(key(row), {})
+            runs.setdefault((row["suite"], row["run"]), []).append(value)
+    # The same cell twice in one run: files of one name in several folders.
+    return {
+        cell: [values[0] if len(values) == 1 else statistics.geometric_mean(values) for values in runs.values()]
+        for cell, runs in samples.items()
+    }
+
+
+def key(row: Row) -> tuple[str, str]:
+    """What names a cell. The folder before the file's name tells where pytest was started, not which cell."""
+    return row["experiment"], str(row.get("fullname") or row["name"]).partition("::")[2] or row["name"]
 
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def welch(base: Sequence[float], new: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Difference of the means and its 95% interval for unequal variances, if both sides have 2 values or
-    more.
-
-    Welch (1947), with the Welch-Satterthwaite degrees of freedom. Without any spread (a count of bytes) the
-    interval is the difference itself.
-    """
-    difference = statistics.fmean(new) - statistics.fmean(base)
-    if min(len(base), len(new)) < 2:
-        return difference, None
-    parts = [statistics.variance(values) / len(values) for values in (base, new)]
-    if not sum(parts):
-        return difference, (difference, difference)
-    from scipy.stats import t
-
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (base, new), strict=True))
-    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts))
-    return difference, (difference - half, difference + half)
+def missing(base: Side, new: Side, metric: str) -> int:
+    """How many cells only the base has."""
+    return len(measured(base, metric).keys() - measured(new, metric).keys())
 
 
-def _verdict(difference: float, interval: tuple[float, float] | None, metric: str, threshold: float) -> str:
-    """faster or slower (less or more): the interval leaves out 1 and the ratio reaches the threshold."""
-    if interval is None:
-        return TOO_FEW
-    low, high = interval
-    margin = math.log1p(threshold)
-    if (low > 0 or high < 0) and abs(difference) >= margin:
-        return _words(metric)[difference > 0]
-    return "within threshold" if max(-low, high) <= margin else "unclear"
-
-
-def _words(metric: str) -> tuple[str, str]:
+def words(metric: str) -> tuple[str, str]:
     """What a smaller and a larger value of the metric mean."""
-    if metric in results.STATS:
+    if metric in TIMES:
         return "faster", "slower"
     return ("slower", "faster") if metric.endswith("_per_s") or metric == "of_ceiling" else ("less", "more")
 
 
-# --- how it reads ---
+def fail_words(given: Iterable[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """`slower,more` or one by one -> verdicts. Raises BadInput for a word that no cell of the metrics can get."""
+    possible = {word for metric in columns for word in words(metric)}
+    known = [*(word for word in CHANGES if word in possible), ANY_CHANGE, "inconclusive", MISSING]
+    asked = split(given)
+    for word in asked:
+        if word not in known:
+            raise BadInput(f"--fail-on {word}: expected one of {', '.join(known)} for the metric {', '.join(columns)}")
+    return tuple(dict.fromkeys(verdict for word in asked for verdict in (CHANGES if word == ANY_CHANGE else (word,))))
 
-HEADER = ("experiment", "cell", "base", "new", "new / base", "95% interval", "runs", "verdict")
+
+def split(given: Iterable[str]) -> list[str]:
+    """Options that may be repeated or hold a list: `a,b` and `c` -> a, b, c, each once."""
+    return list(dict.fromkeys(word.strip() for part in given for word in part.split(",") if word.strip()))
 
 
-def lines(found: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """One line of text fields a cell, under `HEADER`."""
-    return [
-        (
-            *(c.experiment, c.cell, quantity(c.base_value, c.metric), quantity(c.new_value, c.metric)),
-            f"{c.ratio:.4f}",
-            "" if c.low is None else f"{c.low:.4f} to {c.high:.4f}",
-            *(f"{c.base_runs}, {c.new_runs}", c.verdict),
+def failing(found: Sequence[Comparison], missing: int, asked: Sequence[str]) -> tuple[bool, str]:
+    """Whether a cell has a verdict that was asked for, and how many have, or could not have. missing: cells that
+    only the base has. Raises BadInput where no cell could be judged: that is no pass."""
+    unjudged = [cell for cell in found if cell.p is None]
+    failed = sum(cell.verdict in asked for cell in found) + missing * (MISSING in asked)
+    if len(unjudged) == len(found) and not failed:
+        reasons = sorted({cell.verdict for cell in unjudged}) or ["no cell is in both"]
+        raise BadInput(
+            f"--fail-on {','.join(asked)}: none of {len(found)} cells can be judged ({', '.join(reasons)}); "
+            "give 2 runs or more of the same cells and label on each side"
         )
-        for c in found
-    ]
-
-
-def quantity(value: float, metric: str) -> str:
-    """`0.00123` -> `1.23 ms` for a time; other metrics are in the unit that their name tells."""
-    if metric not in results.STATS or metric == "rounds":
-        return f"{value:.4g}"
-    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")) if value >= s), (1e-9, "ns"))
-    return f"{value / scale:.4g} {unit}"
-
-
-def summary(base: Side, new: Side, found: Sequence[Comparison], metric: str) -> str:
-    """What was compared, what was left out, and how far it can be trusted; one line."""
-    smaller, _ = _words(metric)
-    left, right = unpaired(base, new, metric)
-    said = [f"{len(found)} cells in both; ratio of {metric}, below 1 is {smaller}"]
-    if left or right:
-        said.append(f"{left} cells only in base, {right} only in new")
-    if base.label != new.label:
-        said.append(f"labels differ ({base.label}, {new.label}): ratios, no verdicts")
-    elif base.label == results.UNLABELLED:
-        said.append("the machines have no label: no verdicts (`tinylm-bench label FILE --set NAME`)")
-    elif any(c.verdict == TOO_FEW for c in found):
-        said.append(f"{TOO_FEW} for a verdict in some cells: at least 2 on each side, better 5")
-    judged = sum(c.low is not None for c in found)
-    if judged > 1 and base.label == new.label:
-        said.append(f"each interval fails 1 time in 20, so about {max(1, round(judged / 20))} of {judged} by chance")
-    return "; ".join(said) + "."
-
-
-def csv_text(found: Sequence[Comparison]) -> str:
-    """All comparisons with full precision, under `COLUMNS`."""
-    rows = [{key: value for key, value in asdict(c).items() if value is not None} for c in found]
-    return results.csv_text(rows, COLUMNS)
-
-
-def markdown(found: Sequence[Comparison], caption: str) -> str:
-    """A table for an issue or a page."""
-    table = [HEADER, ("---",) * len(HEADER), *lines(found)]
-    escaped = ["| " + " | ".join(field.replace("|", "\\|") for field in line) + " |" for line in table]
-    return "\n".join([*escaped, "", caption, ""])
+    said = f"{failed} of {len(found) + missing} cells"
+    said += f"; {len(unjudged)} could not be judged" if unjudged else ""
+    said += f"; {missing} only in base" if missing and MISSING not in asked else ""
+    return failed > 0, f"--fail-on {','.join(asked)}: {said}"
