@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,17 @@ PARAMS = (
 STATS = ("median", "min", "max", "mean", "stddev", "q1", "q3", "iqr", "rounds")  # seconds, rounds a count
 EXTRA = (
     *("bytes", "flops", "tokens", "bytes_per_s", "flops_per_s", "tokens_per_s", "ceiling_bytes_per_s"),
-    *("ceiling_read_bytes_per_s", "ceiling_flops_per_s", "of_ceiling", "timing", "stop_reason"),
+    *("ceiling_read_bytes_per_s", "ceiling_flops_per_s", "of_ceiling", "timing", "stop_reason", "ci_width", "blocks"),
+    *("block_samples", "versus", "ratio", "ratio_low", "ratio_high", "verdict"),
     *("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "predicted_bytes", "out_of_memory"),
-    *("energy_j", "power_w", "sm_clock_hz", "temperature_c", "throttle", "error", "sdpa_backend"),
+    *("energy_j", "energy_per_token_j", "energy_window_s", "power_w", "sm_clock_hz", "sm_clock_low_hz"),
+    *("temperature_c", "throttle", "flagged_blocks", "error", "sdpa_backend"),
 )
 ORIGIN = ("device_name", "device_memory_bytes", "torch", "datetime", "commit", "commit_dirty")
 UNLABELLED = "unlabelled"
 # Folders of results/ that hold what is made from the runs.
 TABLES, PLOTS = "tables", "plots"
+CALIBRATION = "calibration.json"  # in a label's folder: what `tinylm-bench calibrate` found; no run
 
 
 class BadInput(ValueError):
@@ -73,17 +76,10 @@ def find(inputs: Iterable[str | Path]) -> dict[Path, Path]:
     """
     files: dict[Path, Path] = {}
     given_inputs = [str(given) for given in inputs]
-    for given in given_inputs:
-        for text in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)) or [given]:
-            path = Path(text)
-            if path.is_dir():
-                for file in sorted(path.rglob("*.json")):
-                    if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.is_file():
-                        files.setdefault(file, path)
-            elif path.exists():
-                files.setdefault(path, path)
-            else:
-                raise BadInput(f"{given}: no such file or folder; give pytest-benchmark JSON files or folders of them")
+    for path in _named(given_inputs):
+        for file in _inside(path, "*.json") if path.is_dir() else [path]:
+            if file == path or not calibration(file):
+                files.setdefault(file, path)
     unique = {file.resolve(): file for file in reversed(files)}
     if not unique:
         raise BadInput(
@@ -91,6 +87,42 @@ def find(inputs: Iterable[str | Path]) -> dict[Path, Path]:
             "`pytest benchmarks --benchmark-json=FILE`"
         )
     return {file: files[file] for file in sorted(unique.values(), key=lambda file: file.as_posix())}
+
+
+def _named(inputs: Iterable[str]) -> Iterator[Path]:
+    """The files and folders that exist under these names and patterns. Raises BadInput where there are none."""
+    for given in inputs:
+        for text in [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True)) or [given]:
+            if not os.path.exists(text):
+                raise BadInput(f"{given}: no such file or folder; give pytest-benchmark JSON files or folders of them")
+            yield Path(text)
+
+
+def _inside(folder: Path, pattern: str) -> Iterator[Path]:
+    for file in sorted(folder.rglob(pattern)):
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts) and file.is_file():
+            yield file
+
+
+def calibration(file: Path) -> dict[str, Any] | None:
+    """What `tinylm-bench calibrate` wrote, if this file is such a one."""
+    if file.name != CALIBRATION:
+        return None
+    try:
+        document = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) and "calibration" in document else None
+
+
+def calibrations(inputs: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
+    """Label -> the calibration in the folders that `inputs` name."""
+    found = {}
+    for folder in _named(map(str, inputs)):
+        for file in _inside(folder, CALIBRATION) if folder.is_dir() else ():
+            if document := calibration(file):
+                found[str(document.get("label") or file.absolute().parent.name)] = document
+    return found
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -112,6 +144,12 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(inputs: Iterable[str | Path]) -> tuple[list[Row], list[str]]:
     """All rows of all files that `inputs` name, and one line for each broken file."""
+    runs, broken = documents(inputs)
+    return [row for run, document in runs for row in rows_of(document, run)], broken
+
+
+def documents(inputs: Iterable[str | Path]) -> tuple[list[tuple[Row, dict[str, Any]]], list[str]]:
+    """Each file's label, suite and run, with its document; and one line for each broken file."""
     runs: list[tuple[Path, tuple[str, str, str], dict[str, Any]]] = []
     broken = []
     for file, source in find(inputs).items():
@@ -124,12 +162,12 @@ def read(inputs: Iterable[str | Path]) -> tuple[list[Row], list[str]]:
         named = _mapping(document.get("machine_info")).get("label")
         runs.append((file, (str(named) if named else label, suite, file.stem), document))
     keys = [key for _, key, _ in runs]
-    rows = []
+    found = []
     for file, (label, suite, run), document in runs:
         if keys.count((label, suite, run)) > 1:  # the same name in folders that are not results/<label>/<suite>/
             run = file.with_suffix("").as_posix()
-        rows += _rows(document, {"label": label, "suite": suite, "run": run})
-    return rows, broken
+        found.append(({"label": label, "suite": suite, "run": run}, document))
+    return found, broken
 
 
 def _layout(file: Path, source: Path) -> tuple[str, str]:
@@ -141,7 +179,8 @@ def _layout(file: Path, source: Path) -> tuple[str, str]:
     return UNLABELLED, ""
 
 
-def _rows(document: dict[str, Any], run: Row) -> list[Row]:
+def rows_of(document: dict[str, Any], run: Row) -> list[Row]:
+    """A row for each cell of one document."""
     machine, commit = _mapping(document.get("machine_info")), _mapping(document.get("commit_info"))
     device = _mapping(machine.get("device"))
     origin = {
