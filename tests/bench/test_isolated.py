@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tinylm.bench import isolated
@@ -72,3 +76,31 @@ def test_a_process_that_dies_says_how() -> None:
 def test_a_process_that_hangs_is_ended(limit: float) -> None:
     outcome = isolated.run(hang, timeout=limit)
     assert (outcome.status, outcome.reason) == ("timeout", "no result within 0.5 s")
+
+
+def wait_in(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_a_process_ends_when_the_run_is_killed(tmp_path: Path) -> None:
+    code = f"from test_isolated import *; isolated.run(wait_in, folder={str(tmp_path)!r})"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "torch.py").touch()  # the server imports it first, and that takes seconds
+    path = os.pathsep.join(map(str, (tmp_path / "lib", Path(__file__).parent, Path(__file__).parents[2])))
+    run = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    until = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("[0-9]*"))) and time.monotonic() < until:
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    while alive(int(found[0].name)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not alive(int(found[0].name))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # an orphan that nobody reaps has ended
+    except psutil.NoSuchProcess:
+        return False

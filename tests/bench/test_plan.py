@@ -87,3 +87,11 @@ def test_cells_that_cannot_be_are_left_out_or_refused_when_named() -> None:
 def test_a_list_without_values_is_refused() -> None:
     with pytest.raises(plan.PlanError, match="at least one"):
         plan.parse_values("preset", " , ")
+
+
+def test_larger_is_another_size_and_nothing_else() -> None:
+    cell = {"impl": "a", "dtype": "fp16", "batch": 8, "context": 1024}
+    for bigger in ({"batch": 9}, {"context": 2048}, {"batch": 16, "context": 2048}):
+        assert plan.larger(cell | bigger, cell) and not plan.larger(cell, cell | bigger)
+    for other in ({}, {"batch": 16, "context": 512}, {"batch": 16, "impl": "b"}, {"dtype": "fp32"}, {"rows": 2}):
+        assert not plan.larger(cell | other, cell)

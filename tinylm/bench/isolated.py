@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _child(pipe: Connection, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         outcome = Outcome("ok", function(**arguments))
     except BaseException as error:
@@ -43,6 +45,14 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: dict[str, 
         outcome = Outcome(status, reason=lines[0])
     pipe.send(outcome)
     pipe.close()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed leaves nothing behind that still holds memory or keeps the device busy."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run(function: Callable[..., Any], *, timeout: float = 300.0, **arguments: Any) -> Outcome:
@@ -64,14 +74,15 @@ def run(function: Callable[..., Any], *, timeout: float = 300.0, **arguments: An
         return ours.recv()
     except EOFError:
         process.join()
-        return Outcome("crashed", reason=_exit_reason(process.exitcode))
+        return Outcome("crashed", reason=exit_reason(process.exitcode))
     finally:
         process.kill()
         process.join()
         ours.close()
 
 
-def _exit_reason(code: int | None) -> str:
+def exit_reason(code: int | None) -> str:
+    """How a process ended that gave no result, from its exit code."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system's out-of-memory killer sends it)" if name == "SIGKILL" and os.name == "posix" else ""

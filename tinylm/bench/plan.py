@@ -29,6 +29,9 @@ AXES: dict[str, type] = {
     "context": int,
 }
 
+# A cell that has at least as much of each, and more of one, needs at least as much memory.
+SIZES = ("batch", "context", "rows", "hidden")
+
 Cell = dict[str, Any]
 Grid = Mapping[str, Any]  # axis -> values, or a function of the cell built so far
 
@@ -120,6 +123,17 @@ def _product(grid: Grid, overrides: Mapping[str, Sequence[Any]]) -> Iterable[Cel
             if callable(rule):
                 cell[axis] = rule(cell)
         yield {axis: cell[axis] for axis in grid}
+
+
+def larger(cell: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+    """Whether a cell differs from another in its sizes alone, and no size is smaller."""
+    differing = [axis for axis in cell if axis not in than or cell[axis] != than[axis]]
+    return (
+        cell.keys() == than.keys()
+        and differing != []
+        and all(axis in SIZES and isinstance(cell[axis], int) and isinstance(than[axis], int) for axis in differing)
+        and all(cell[axis] > than[axis] for axis in differing)
+    )
 
 
 def cell_id(cell: Cell) -> str:
