@@ -12,7 +12,7 @@ import torch
 from benchmarks import inputs
 from tinylm import ops
 from tinylm.bench import cells
-from tinylm.bench.measure import Case, CheckFailed
+from tinylm.bench.proof import Case, CheckFailed
 from tinylm.model import Transformer
 
 IMPLS = list(ops.OPS["rmsnorm"])

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks import inputs
 from tinylm.bench import cells
-from tinylm.bench.measure import against
+from tinylm.bench.proof import against
 from tinylm.generate import prefill
 
 

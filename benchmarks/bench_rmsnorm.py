@@ -1,7 +1,8 @@
 """RMSNorm forward and backward: every backend over dtype, hidden size and rows.
 
 Work of one call: forward reads x and writes y (2 tensors); backward, dx and dw together, reads x and dy and writes dx
-(3 tensors). The weight and dw are counted too. Large inputs are as in ANCHORS: 0.5 GiB at `datacenter`.
+(3 tensors). The weight and dw are counted too. The backends of one setting are measured in turn, block by block, and
+each is judged against torch's own. Large inputs are as in ANCHORS: 0.5 GiB at `datacenter`.
 """
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from benchmarks.inputs import DTYPES
 from tinylm import ops
 from tinylm.bench import cells
-from tinylm.bench.measure import against
+from tinylm.bench.proof import Case, against
 
 IMPLS = list(ops.OPS["rmsnorm"])
 DIRECTIONS = ["forward", "backward"]
@@ -46,36 +47,40 @@ def few_rows(dtype):
 )
 def test_rmsnorm(measure, device, direction, dtype, hidden, rows, impl):
     kind = DTYPES[dtype]
-    if reason := ops.probe("rmsnorm", impl, device, kind):
-        pytest.skip(f"rmsnorm/{impl}: {reason}")
-    rmsnorm = ops.get("rmsnorm", impl)
     backward = direction == "backward"
     tensor = rows * hidden * kind.itemsize
 
-    def inputs():
-        x, dy = (torch.randn(rows, hidden, device=device, dtype=kind) for _ in range(2))
-        weight = torch.randn(hidden, device=device, dtype=kind)
-        if not backward:
-            return x, weight
-        x, weight = x.requires_grad_(), weight.requires_grad_()
-        return x, weight, rmsnorm(x, weight, EPSILON), dy
+    def build(backend):
+        if reason := ops.probe("rmsnorm", backend, device, kind):
+            pytest.skip(f"rmsnorm/{backend}: {reason}")
+        rmsnorm = ops.get("rmsnorm", backend)
 
-    def forward(x, weight):
-        with torch.inference_mode():
-            return rmsnorm(x, weight, EPSILON)
+        def inputs():
+            x, dy = (torch.randn(rows, hidden, device=device, dtype=kind) for _ in range(2))
+            weight = torch.randn(hidden, device=device, dtype=kind)
+            if not backward:
+                return x, weight
+            x, weight = x.requires_grad_(), weight.requires_grad_()
+            return x, weight, rmsnorm(x, weight, EPSILON), dy
 
-    def gradients(x, weight, y, dy):
-        return torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+        def forward(x, weight):
+            with torch.inference_mode():
+                return rmsnorm(x, weight, EPSILON)
+
+        def gradients(x, weight, y, dy):
+            return torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+
+        return Case(gradients if backward else forward, inputs, against(reference, tolerance(kind)))
 
     def reference(x, weight, *gradient):
         x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
         y = ops.REFERENCES["rmsnorm"](x, weight, EPSILON)
         return torch.autograd.grad(y, (x, weight), gradient[1].double()) if gradient else y.detach()
 
-    measure(
-        gradients if backward else forward,
-        inputs=inputs,
-        check=against(reference, tolerance(kind)),
+    measure.interleaved(
+        "impl",
+        build,
+        base="torch",
         bytes=(3 if backward else 2) * tensor + (2 if backward else 1) * hidden * kind.itemsize,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import inputs
-from tinylm.bench import cells, isolated, telemetry, timing
+from tinylm.bench import cells, isolated, sampling, telemetry, timing
 from tinylm.cache import Batch
 from tinylm.generate import prefill
 from tinylm.model import Transformer
@@ -80,7 +80,7 @@ def cell(config, dtype, batch, context, uuid):
         if not net.step(last, cache).isfinite().all():
             raise ArithmeticError(f"logits at position {context - 1} are not finite")
         sampler = timing.host(lambda: net.step(last, cache), torch.cuda.synchronize if cuda else None)
-        (samples,) = timing.collect([sampler], LIMITS)
+        (samples,) = sampling.collect([sampler], LIMITS)
     seconds = samples.seconds
     if not cuda:
         return seconds, {"device_used_bytes": telemetry.peak_resident_bytes() - before}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinylm.bench.measure import CheckFailed
+from tinylm.bench.proof import CheckFailed
 from tinylm.config import PRESETS, ModelConfig, preset
 from tinylm.generate import Decoder
 from tinylm.model import Transformer

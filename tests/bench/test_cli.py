@@ -102,24 +102,48 @@ def test_an_output_that_cannot_be_written(here: Path, few_plots: None) -> None:
 def test_compare_prints_and_writes(here: Path) -> None:
     base = synthetic.write_runs(here / "before" / "results", runs=3, labels=("h200",))
     new = synthetic.write_runs(here / "after" / "results", runs=3, labels=("h200",), slower=1.3)
-    options = ["--csv", "out.csv", "--markdown", "out.md", "--threshold", "0.02"]
+    options = ["--csv", "out.csv", "--markdown", "out.md", "--threshold", "2%"]
     result = call("compare", base / "h200", new / "h200", *options)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and not result.stderr, result.output
     cells = synthetic.document("h200")["benchmarks"]
-    assert f"{len(cells)} cells in both" in result.stdout
-    assert result.stdout.count("slower") >= len([cell for cell in cells if "bench_vram" not in cell["fullname"]])
+    timed = [cell for cell in cells if "bench_vram" not in cell["fullname"]]
+    assert f"{len(cells)} cells in both: " in result.stdout
+    assert result.stdout.count("slower") >= len(timed)
     assert len((here / "out.csv").read_text().splitlines()) == len(cells) + 1
-    assert (here / "out.md").read_text().startswith("| experiment | cell |")
+    assert (here / "out.md").read_text().startswith(f"### {base / 'h200'} → {new / 'h200'}, median\n")
+    assert call("compare", base / "h200", new / "h200", "--threshold", "0.02").stdout == result.stdout
+    several = call("compare", base / "h200", new / "h200", base / "h200", "--metric", "time,memory", "--changed")
+    assert [line.rpartition(", ")[2] for line in several.stdout.splitlines() if " → " in line] == [
+        *("median", "peak_allocated_bytes") * 2,
+    ]
+    assert "equivalent  \n" not in several.stdout and "runs are on both sides" in several.stdout
     across = call("compare", base / "h200", synthetic.write_runs(here / "results", 2, ("cpu",)) / "cpu")
     assert across.exit_code == 0 and "no verdicts" in across.stdout and "slower" not in across.stdout
     assert "several labels" in refused("compare", here, base)
-    assert "expected one of" in refused("compare", base, new, "--metric", "nonsense")
+    assert "expected one of time, tokens" in refused("compare", base, new, "--metric", "nonsense")
+    assert "such as 2%" in refused("compare", base, new, "--threshold", "2")
+    assert "expected one of slower" in refused("compare", base, new, "--fail-on", "more")
+
+
+def test_compare_fails_on_what_is_asked(here: Path) -> None:
+    base = synthetic.write_runs(here / "before" / "results", runs=3, labels=("h200",)) / "h200"
+    new = synthetic.write_runs(here / "after" / "results", runs=3, labels=("h200",), slower=1.3) / "h200"
+    cells = len(synthetic.document("h200")["benchmarks"])
+    result = call("compare", base, new, "--fail-on", "slower")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("--fail-on slower: ") and result.stderr.endswith(f" of {cells} cells\n")
+    assert call("compare", base, new, "--fail-on", "faster").exit_code == 0
+    assert call("compare", new, base, "--fail-on", "faster", "--fail-on", "slower").exit_code == 1
+    assert call("compare", base, new, "--metric", "memory", "--fail-on", "any-change").exit_code == 0
 
 
 def test_compare_of_single_files_states_too_few_runs(here: Path) -> None:
     folder = synthetic.write_runs(here / "results", runs=2, labels=("h200",)) / "h200" / "main"
     result = call("compare", *sorted(folder.iterdir()))
-    assert result.exit_code == 0 and "too few runs" in result.stdout
+    assert result.exit_code == 0 and "too few runs" in result.stdout and "Too few runs in" in result.stdout
+    # What cannot be judged is no pass.
+    result = call("compare", *sorted(folder.iterdir()), "--fail-on", "slower")
+    assert result.exit_code == 2 and "none of" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_label_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,15 @@
-"""The command `tinylm-bench`: run the suite; merge, draw, compare and label its files; look at the machine.
+"""The command `tinylm-bench`: run the suite; merge, draw, report, compare and label its files; look at the machine.
 
-Exit status: 0; 1 where a JSON file was broken (the others were processed), or pytest's own for `run`; 2 for
-bad input, told in one line.
+Exit status: 0; 1 where a JSON file was broken (the others were processed), where `compare` found what
+`--fail-on` names, or pytest's own for `run`; 2 for bad input, told in one line.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +21,13 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from tinylm.bench import compare as comparison
-from tinylm.bench import results, telemetry
+from tinylm.bench import compare_text, launch, results, supervisor, telemetry
+from tinylm.bench import journal as journals
 from tinylm.bench.plan import RUNGS
 from tinylm.bench.results import PLOTS, TABLES, BadInput, BrokenFile, Row
 
 RESULTS = Path("results")
-# pytest's short options that take a value: what follows them is no path.
-VALUED = ("-k", "-m", "-p", "-c", "-o", "-W", "-r", "-n")
+SITE = Path("site")
 
 
 class _OneLine(TyperGroup):
@@ -105,40 +103,76 @@ def _plot(rows: list[Row], out: Path, only: list[str]) -> None:
 
 
 @app.command()
+def report(
+    inputs: Inputs = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the page")] = SITE,
+) -> None:
+    """Write one page of everything, for a browser: pictures, charts, tables, commands. It needs no network."""
+    from tinylm.bench import report as pages  # pandas, seaborn and plotly take seconds to import
+
+    path, broken = pages.write(inputs or [RESULTS], out)
+    for line in broken:
+        typer.echo(line, err=True)
+    typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    raise typer.Exit(int(bool(broken)))
+
+
+@app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="file, folder of runs or quoted pattern")],
     new: Annotated[list[str], typer.Argument(help="the same; several are each compared with BASE")],
-    metric: Annotated[str, typer.Option(help="a column of the tables")] = "median",
-    threshold: Annotated[float, typer.Option(min=0, help="smallest change of interest: 0.02 is 2%")] = 0.0,
-    csv: Annotated[Path | None, typer.Option(help="write the comparisons to this file")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="write them as a Markdown table")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="time, tokens, memory, energy, ceiling or a column; may be repeated [default: time]"),
+    ] = None,
+    threshold: Annotated[str, typer.Option(help="smallest change of interest: 2% or 0.02")] = "2%",
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="status 1 for cells slower, faster, less, more, any-change, inconclusive or missing"),
+    ] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="show only cells that changed")] = False,
+    csv: Annotated[Path | None, typer.Option(help="write all comparisons to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write what is shown to this file")] = None,
 ) -> None:
-    """Compare runs cell by cell: ratio and 95% interval, with the run as the unit."""
-    (rows, broken), found, pages = _read([base]), [], []
-    before = comparison.side(base, rows)
-    for name in new:
+    """Compare runs cell by cell: ratio, 95% interval and verdict, with the run as the unit."""
+    share, sides, broken = comparison.fraction(threshold), [], False
+    for name in (base, *dict.fromkeys(new)):
         rows, also_broken = _read([name])
+        sides.append(comparison.side(name, rows))
         broken |= also_broken
-        after = comparison.side(name, rows)
-        pairs = comparison.compare(before, after, metric, threshold)
-        summary = comparison.summary(before, after, pairs, metric)
-        found += pairs
-        pages.append(comparison.markdown(pairs, f"{base} and {name}: {summary}"))
-        _table(comparison.HEADER, comparison.lines(pairs), f"{base} → {name}")
-        typer.echo(summary)
+    before, *after = sides
+    columns = [comparison.column(word, sides) for word in comparison.split(metric or ["time"])]
+    words = comparison.fail_words(fail_on or [], columns)
+    found = comparison.compare(before, after, columns, share)
+    narrow = sys.stdout.isatty() and Console().width < 110
+    header = compare_text.NARROW if narrow else compare_text.HEADER
+    pages = []
+    for title, cells, said in compare_text.tables(before, after, columns, found, share):
+        shown = compare_text.changed(cells) if changed else cells
+        pages.append(compare_text.markdown(shown, title, said))
+        typer.echo(title)
+        if shown:
+            _table(header, compare_text.lines(shown, narrow), wrap_only_first=True)
+        typer.echo("\n".join([*said, ""]))
     if csv:
-        results.write_atomically(csv, comparison.csv_text(found))
+        results.write_atomically(csv, compare_text.csv_text(found))
     if markdown:
         results.write_atomically(markdown, "\n".join(pages))
-    raise typer.Exit(int(broken))
+    failed = False
+    if words:
+        missing = sum(comparison.missing(before, side, column) for side in after for column in columns)
+        failed, line = comparison.failing(found, missing, words)
+        typer.echo(line, err=True)
+    raise typer.Exit(int(broken or failed))
 
 
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], title: str = "") -> None:
+def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], wrap_only_first: bool = False) -> None:
     # Not a terminal: wide enough that no field is cut off.
     console = Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False)
-    table = Table(*header, title=title or None, title_justify="left", box=None, pad_edge=False)
-    for column in table.columns:
+    table = Table(*header, box=None, pad_edge=False)
+    for i, column in enumerate(table.columns):
         column.overflow = "fold"
+        column.no_wrap = wrap_only_first and i > 0
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -179,6 +213,29 @@ def _label(facts: dict[str, Any], given: str | None) -> str:
 
 
 @app.command()
+def calibrate(
+    folder: Annotated[Path, typer.Option("--results", help="where results go")] = RESULTS,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
+    gpu_label: Annotated[str | None, typer.Option(help="label [default: from the device's name]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="modes, repeatability, pairs or energy (repeatable)")] = None,
+    processes: Annotated[int, typer.Option(min=2, help="fresh processes to compare")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="pairs of identical code; a fifth as many of slower")] = 1000,
+    threshold: Annotated[str | None, typer.Option(help="of the pairs' verdicts [default: 0.5%; CPU: 5%]")] = None,
+) -> None:
+    """Measure how far the figures of this machine can be trusted, against Nsight Compute where it is found."""
+    from tinylm.bench import calibrate as calibration
+
+    if unknown := [name for name in only or [] if name not in calibration.SECTIONS]:
+        raise BadInput(f"--only {unknown[0]}: expected some of {', '.join(calibration.SECTIONS)}")
+    share = None if threshold is None else comparison.fraction(threshold)
+    _facts(device)  # refuses a device that is none
+    on = calibration.machine(device, gpu_label)
+    path = folder / results.check_label(on.label) / results.CALIBRATION
+    calibration.run(on, path, tuple(only or calibration.SECTIONS), processes, pairs, share, typer.echo)
+    typer.echo(path)
+
+
+@app.command()
 def doctor() -> None:
     """Print what the machine has, which backends can run, and what to install for the others."""
     lines: list[tuple[str, ...]] = [("python", platform.python_version()), ("system", platform.platform())]
@@ -215,6 +272,8 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu")] = "auto",
     gpu_label: Annotated[str | None, typer.Option(help="label [default: from the device's name]")] = None,
     preset_size: Annotated[str | None, typer.Option(help="how large [default: from the device's memory]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="take over the finished cells of this JSON or journal")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="of these, only the measured ones")] = False,
 ) -> None:
     """Run the benchmarks, then merge and plot all results. Other arguments (paths, -k, ...) go to pytest."""
     extra = list(ctx.args)
@@ -227,19 +286,22 @@ def run(
         f"--gpu-label={label}",
         f"--device={device}",
         *([f"--preset-size={preset_size}"] if preset_size else []),
+        *([f"--resume={resume}"] if resume else []),
+        *(["--retry"] if retry else []),
     ]
-    paths = [] if _has_paths(extra) else ["benchmarks"]
+    paths = [] if launch.has_paths(extra) else ["benchmarks"]
     if paths and not Path("benchmarks").is_dir():
         raise BadInput(
             f"{Path.cwd()}: no folder benchmarks here; start in a checkout of tinylm, or name your benchmarks"
         )
-    partial, final = _claim(folder / label / results.check_label(suite))
+    partial, final = launch.place(folder / label / results.check_label(suite), resume)
     command = [sys.executable, "-m", "pytest", *paths, f"--benchmark-json={partial}", *options, *extra]
-    status = _finish(command)
+    status = supervisor.supervise(command, journals.beside(partial))
     if status == pytest.ExitCode.USAGE_ERROR:  # pytest said why
-        shutil.rmtree(partial.parent)
+        launch.left(partial)
         raise typer.Exit(2)
-    if not _complete(status, partial):
+    if trouble := launch.complete(status, partial):
+        typer.echo(f"tinylm-bench run: no results: {trouble}{launch.left(partial)}", err=True)
         raise typer.Exit(status or 1)
     os.replace(partial, final)
     shutil.rmtree(partial.parent)  # the journal: all of it is in the file
@@ -250,57 +312,19 @@ def run(
     raise typer.Exit(status or int(broken))
 
 
-def _has_paths(arguments: list[str]) -> bool:
-    """Whether pytest's arguments say what to run: a file, folder or test id."""
-    before = ["", *arguments]
-    return any(
-        not argument.startswith("-") and last not in VALUED and Path(argument.partition("::")[0]).exists()
-        for last, argument in zip(before, arguments, strict=False)
-    )
-
-
-def _claim(folder: Path) -> tuple[Path, Path]:
-    """Names in nobody's use: of the file while it is written, in a hidden folder, and when it is done."""
-    name = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%MZ")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stem in (name, *(f"{name}-{i}" for i in range(2, 1000))):
-            claimed = folder / f".{stem}.partial"
-            if not (folder / f"{stem}.json").exists():
-                try:
-                    claimed.mkdir()
-                except FileExistsError:
-                    continue
-                return claimed / f"{stem}.json", folder / f"{stem}.json"
-    except OSError as error:
-        reason = error.strerror
-    else:
-        reason = f"a thousand runs of {name} are there"
-    raise BadInput(f"{folder}: cannot be written ({reason}); choose another folder with --results")
-
-
-def _finish(command: list[str]) -> int:
-    """Run to the end: an interrupt reaches pytest too, which then still writes what it has."""
-    with subprocess.Popen(command) as child:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                continue
-
-
-def _complete(status: int, partial: Path) -> bool:
-    """Whether pytest ran to its end (0 or, with failed cells, 1) and left a sound file. Says so if not."""
-    try:
-        if status not in (0, 1):
-            raise BrokenFile(f"pytest ended with status {status}")
-        if not partial.exists() or not partial.stat().st_size:
-            raise BrokenFile("no benchmark was measured")
-        results.load(partial)
-        return True
-    except BrokenFile as error:
-        left = [path for path in partial.parent.iterdir() if path.stat().st_size]
-        typer.echo(f"tinylm-bench run: no results: {error}" + "".join(f"; see {path}" for path in left), err=True)
-        if not left:
-            shutil.rmtree(partial.parent)
-        return False
+@app.command()
+def recover(
+    journal: Annotated[
+        Path, typer.Argument(help=f"*{journals.SUFFIX}, beside the JSON that the run would have written")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file [default: beside the journal]")] = None,
+) -> None:
+    """Make pytest-benchmark JSON from the journal of a run that did not end."""
+    history = journals.read(journal)
+    path = out or journal.with_name(journal.name.removesuffix(journals.SUFFIX) + ".json")
+    if out is None and launch.sound(path):
+        raise BadInput(f"{path}: is there already; name another file with -o")
+    launch.write(history, path)
+    counts = ", ".join(f"{len(history.having(outcome))} {outcome}" for outcome in ("measured", "skipped", "failed"))
+    unfinished = f"; {history.running['start']}: {journals.UNFINISHED}" if history.running else ""
+    typer.echo(f"{path}: {counts}{unfinished}")

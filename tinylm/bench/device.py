@@ -1,20 +1,16 @@
-"""One CUDA device as an instrument: blocking kernel, cache flush, clock probe, and the ceilings of the card.
+"""One CUDA device as an instrument: stamps, cache flush, blocking kernel, clocks of the multiprocessors.
 
 The kernels are compiled by NVRTC through cuda-bindings, both of which come with torch's CUDA builds, so that no
-compiler is needed. On a CPU only the ceilings exist.
+compiler is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
-
-from tinylm.bench import timing
 
 SOURCE = r"""
 typedef unsigned long long u64;
@@ -42,22 +38,68 @@ extern "C" __global__ void read_all(const uint4* __restrict__ data, u64 count, u
   if (seen == 0) *sink = 1;  // random data never get here, and the compiler cannot know
 }
 
-extern "C" __global__ void clock_probe(u64* out, u64 span_ns) {
-  const u64 ns = now_ns(); const long long cycles = clock64();
-  u64 t; do t = now_ns(); while (t - ns < span_ns);
-  out[0] = clock64() - cycles; out[1] = t - ns;
+// The time, and then leave to the next kernel to begin while this one ends.
+extern "C" __global__ void start_stamp(volatile u64* started) {
+  const u64 t = now_ns();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  *started = t;
+}
+
+// Resident before the work ends, waiting for the end of all of it; then the time since start_stamp's.
+extern "C" __global__ void end_stamp(volatile u64* started, u64* ring, unsigned capacity, unsigned* taken) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  const u64 t = now_ns();
+  u64 s;
+  while ((s = *started) == 0) {}
+  *started = 0;
+  ring[(*taken)++ % capacity] = t - s;
+}
+
+extern "C" __global__ void stamp(u64* out) { *out = now_ns(); }
+
+extern "C" __global__ void timer_step(u64* out) {
+  u64 last = now_ns(), least = ~0ull;
+  for (int i = 0; i < 2000; ++i) {
+    const u64 t = now_ns();
+    if (t != last && t - last < least) least = t - last;
+    last = t;
+  }
+  *out = least;
+}
+
+// One entry for each multiprocessor that this ran on: its cycle counter and the global timer.
+extern "C" __global__ void clock_marks(ulonglong2* marks) {
+  unsigned sm;
+  asm volatile("mov.u32 %0, %smid;" : "=r"(sm));
+  ulonglong2 mark;
+  mark.x = clock64();
+  mark.y = now_ns();
+  marks[sm] = mark;
+}
+
+// Cycles of `count` loads, each of which waits for the one before; zero is 0, and the compiler cannot know.
+extern "C" __global__ void chase(const unsigned* data, u64 stride, int count, unsigned zero, u64* cycles) {
+  u64 i = 0;
+  const long long start = clock64();
+  for (int k = 0; k < count; ++k) i += stride + (__ldcg(data + i) & zero);
+  *cycles = clock64() - start + (i & zero);
 }
 """
+KERNELS = (*("hold", "read_all", "start_stamp", "end_stamp", "stamp", "timer_step", "clock_marks", "chase"),)
 
 # A blocking kernel ends by itself after this time: drivers of display cards kill longer ones.
 HOLD_LIMIT_S = 0.2
-# globaltimer advances in steps of up to 1 us, so that 500 us read the clock rate to 0.4% at the worst.
-CLOCK_PROBE_S = 500e-6
 # The flush reads this many times the L2 cache.
 FLUSH_L2_MULTIPLE = 2
-COPY_BYTES = 4 << 30
-# On a CPU 512 MiB are many times any last-level cache, and take little time to fill.
-CPU_COPY_BYTES = 512 << 20
+# Samples that can be queued before they are read.
+RING = 4096
+# Above this step the global timer is too coarse for stamps, and events are used. H200: 32 ns; some cards: 1 us.
+FINE_TIMER_NS = 100
+CHASE_LOADS = 64
 
 
 class DeviceError(RuntimeError):
@@ -80,67 +122,231 @@ class Hold:
         return bool(self._flags[1])
 
 
+class Stamp:
+    """A time on the device's global timer, once the stream has got there."""
+
+    def __init__(self, slot: Any) -> None:
+        self._slot = slot
+
+    def ns(self) -> int:
+        """Nanoseconds; waits for the stream."""
+        return int(self._slot.item())
+
+
 class Gpu:
     """The current CUDA device of torch, with the kernels above compiled for it."""
 
     def __init__(self) -> None:
         import torch
-
-        self.torch = torch
-        self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")  # makes the context that modules load into
-        self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self._functions = _compile(self.properties.major, self.properties.minor)
-        # Page-locked, so that the kernel reads host memory and the host can write it while the kernel runs.
-        self._flags = torch.zeros(2, dtype=torch.int32).pin_memory()
-
-    def _launch(self, name: str, grid: int, block: int, *arguments: tuple[Any, Any]) -> None:
         from cuda.bindings import driver
 
-        values, kinds = zip(*arguments, strict=True)
-        stream = self.torch.cuda.current_stream().cuda_stream
-        _ok(driver.cuLaunchKernel(self._functions[name], grid, 1, 1, block, 1, 1, 0, stream, (values, kinds), 0))
+        self.torch = torch
+        self._driver = driver
+        self._sink = torch.zeros(1, dtype=torch.int32, device="cuda")  # makes the context that modules load into
+        self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # Not the default stream: only others can be captured, and autograd works on the stream of the forward pass.
+        self.stream = torch.cuda.Stream()
+        self._functions = _compile(self.properties.major, self.properties.minor)
+        # Made now: inside a capture it would belong to the graph.
+        count = FLUSH_L2_MULTIPLE * self.properties.L2_cache_size // 8
+        self._flush_buffer = torch.randint(1 << 62, (count,), dtype=torch.int64, device="cuda")
+        # All graphs take their memory from one pool, one after another, so that what is compared writes
+        # to the same addresses. The pool lasts as long as a graph that uses it.
+        with torch.cuda.stream(self.stream):
+            self._open_pool()
+        # Page-locked, so that the kernel reads host memory and the host can write it while the kernel runs.
+        self._flags = torch.zeros(2, dtype=torch.int32).pin_memory()
+        marks = torch.zeros(2, self.properties.multi_processor_count + 64, 2, dtype=torch.int64, device="cuda")
+        self._marks = marks
+        self._started = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self._ring = torch.zeros(RING, dtype=torch.int64, device="cuda")
+        self._taken = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self._read = 0
+        overlaps = self.properties.major >= 9
+        self.start_stamp = self._kernel("start_stamp", 1, 1, self._started)
+        self.end_stamp = self._kernel(
+            "end_stamp", 1, 1, self._started, self._ring, (RING, ctypes.c_uint), self._taken, overlaps=overlaps
+        )
+        self._mark = [self._kernel("clock_marks", self.properties.multi_processor_count, 32, half) for half in marks]
+        limit_ns = (int(HOLD_LIMIT_S * 1e9), ctypes.c_ulonglong)
+        self._flush = self._reader(self._flush_buffer)
+        self._hold = self._kernel("hold", 1, 1, self._flags, limit_ns)
+
+    def _kernel(self, name: str, grid: int, block: int, *given: Any, overlaps: bool = False) -> Callable[[], None]:
+        """A launch on the current stream, its arguments packed once. A tensor stands for its pointer.
+
+        overlaps: the kernel may become resident while the one before it runs (programmatic dependent launch).
+        """
+        driver, current, function = self._driver, self.torch.cuda.current_stream, self._functions[name]
+        values = [
+            kind(value)
+            for value, kind in (a if isinstance(a, tuple) else (a.data_ptr(), ctypes.c_void_p) for a in given)
+        ]
+        packed = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        address = ctypes.addressof(packed)
+        keep = (given, values, packed)  # as long as the launch
+        if not overlaps:
+
+            def launch(_keep: Any = keep) -> None:
+                _ok(driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 0, current().cuda_stream, address, 0))
+
+            return launch
+        config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.gridDimX, config.blockDimX = grid, block
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+
+        def launch_early(_keep: Any = keep) -> None:
+            config.hStream = driver.CUstream(current().cuda_stream)
+            _ok(driver.cuLaunchKernelEx(config, function, address, 0))
+
+        return launch_early
+
+    # --- time ---
+
+    @cached_property
+    def fine_timer(self) -> bool:
+        """Whether the global timer steps finely enough for stamps."""
+        out = self.torch.zeros(1, dtype=self.torch.int64, device="cuda")
+        self._kernel("timer_step", 1, 1, out)()
+        return out.item() <= FINE_TIMER_NS
+
+    def stamp(self) -> Stamp:
+        """Queue a reading of the global timer on the current stream."""
+        slot = self.torch.zeros(1, dtype=self.torch.int64, device="cuda")
+        self._kernel("stamp", 1, 1, slot)()
+        return Stamp(slot)
+
+    def stamped(self, count: int) -> list[float]:
+        """Seconds between the last `count` pairs of start_stamp and end_stamp, all since the last call; waits."""
+        taken = int(self._taken.item())
+        if taken - self._read != count or count > RING:
+            raise DeviceError(f"{taken - self._read} samples were stamped where {count} were expected")
+        at = self.torch.arange(self._read, taken, device="cuda") % RING
+        self._read = taken
+        return [ns * 1e-9 for ns in self._ring[at].tolist()]
+
+    def forget_stamps(self) -> None:
+        """Leave unread what was stamped until now."""
+        self._read = int(self._taken.item())
+
+    def ease_start(self) -> None:
+        """While capturing: let the next kernel begin when start_stamp, just captured, has taken its time.
+
+        Otherwise it would wait for the end of start_stamp, which is not part of the work: 0.5 us on an H200.
+        """
+        if self.properties.major < 9:
+            return
+        driver, stream = self._driver, self.torch.cuda.current_stream().cuda_stream
+        info = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)(stream)
+        edge = driver.CUgraphEdgeData()
+        edge.from_port = driver.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+        edge.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.value
+        update = getattr(driver, "cuStreamUpdateCaptureDependencies_v2", driver.cuStreamUpdateCaptureDependencies)
+        replace = driver.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES.value
+        _ok(info)
+        _ok(update(stream, list(info[4][:1]), [edge], 1, replace))
+
+    def capture(self, body: Callable[[], Any]) -> Any:
+        """What body queues on the current stream (not the default one), as a CUDA graph. Raises what body raises.
+
+        Its memory is that of other graphs too: what it leaves there is lost when another is replayed.
+        """
+        graph = self.torch.cuda.CUDAGraph()
+        self.torch.cuda.synchronize()
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            body()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            # torch goes on as if it captured, with the pool and with its random generator, until another capture ends.
+            self.torch.cuda.synchronize()
+            self._open_pool()
+            raise
+        graph.capture_end()
+        return graph
+
+    def _open_pool(self) -> None:
+        self._pool = self.torch.cuda.graph_pool_handle()
+        self._anchor = self.capture(lambda: self._sink.fill_(0))
+
+    def drain(self) -> None:
+        """Wait for all streams, by the driver's call."""
+        _ok(self._driver.cuCtxSynchronize())
+
+    # --- clocks ---
+
+    def mark_clocks(self, end: bool) -> None:
+        """Queue a reading of every multiprocessor's cycle counter: the start of a span, or its end."""
+        self._mark[end]()
+
+    def clock_hz(self) -> float | None:
+        """Mean clock rate between the marks, the median over multiprocessors; waits. None if no counter ran."""
+        first, last = self._marks.tolist()
+        rates = sorted(
+            (c1 - c0) / (t1 - t0) * 1e9
+            for (c0, t0), (c1, t1) in zip(first, last, strict=True)
+            if t0 and t1 > t0 and c1 > c0
+        )
+        return rates[len(rates) // 2] if rates else None
+
+    # --- caches and streams ---
 
     @contextmanager
     def held(self) -> Iterator[Hold]:
         """Hold the current stream while the body queues work on it; it is let go at the end, or by the limit."""
-        self._flags.zero_()
-        hold = Hold(self._flags)
-        limit_ns = int(HOLD_LIMIT_S * 1e9)
-        self._launch("hold", 1, 1, (self._flags.data_ptr(), ctypes.c_void_p), (limit_ns, ctypes.c_ulonglong))
+        flags = self._flags.numpy()
+        flags[:] = 0
+        hold = Hold(flags)
+        self._hold()
         try:
             yield hold
         finally:
             hold.release()
 
-    @cached_property
-    def _flush_buffer(self) -> Any:
-        count = FLUSH_L2_MULTIPLE * self.properties.L2_cache_size // 8
-        return self.torch.randint(1 << 62, (count,), dtype=self.torch.int64, device="cuda")
-
     def flush(self) -> None:
         """Replace what is in the L2 cache by reading other data (writing would leave dirty lines behind)."""
-        self.read(self._flush_buffer)
+        self._flush()
+
+    @cached_property
+    def flush_s(self) -> float:
+        """How long one flush takes."""
+        self.flush()
+        before = self.stamp()
+        for _ in range(20):
+            self.flush()
+        return (self.stamp().ns() - before.ns()) / 20e9
 
     def read(self, tensor: Any) -> None:
         """Read a contiguous tensor, a multiple of 16 bytes, once, from every multiprocessor."""
-        blocks = self.properties.multi_processor_count * 8
-        count = tensor.numel() * tensor.element_size() // 16
-        self._launch(
-            "read_all",
-            blocks,
-            256,
-            (tensor.data_ptr(), ctypes.c_void_p),
-            (count, ctypes.c_ulonglong),
-            (self._sink.data_ptr(), ctypes.c_void_p),
-        )
+        self._reader(tensor)()
 
-    def sm_clock_hz(self) -> float:
-        """The clock rate of one multiprocessor now: its cycles over the global timer."""
-        out = self.torch.empty(2, dtype=self.torch.int64, device="cuda")
-        span_ns = int(CLOCK_PROBE_S * 1e9)
-        self._launch("clock_probe", 1, 1, (out.data_ptr(), ctypes.c_void_p), (span_ns, ctypes.c_ulonglong))
-        cycles, ns = out.tolist()
-        return cycles / ns * 1e9
+    def _reader(self, tensor: Any) -> Callable[[], None]:
+        count = (tensor.numel() * tensor.element_size() // 16, ctypes.c_ulonglong)
+        return self._kernel("read_all", self.properties.multi_processor_count * 8, 256, tensor, count, self._sink)
+
+    def chase(self, tensor: Any, loads: int) -> Callable[[], Any]:
+        """A launch of so many loads, each waiting for the one before, spread over a contiguous tensor; gives their
+        cycles, an int64 tensor."""
+        words = tensor.numel() * tensor.element_size() // 4
+        out = self.torch.zeros(1, dtype=self.torch.int64, device="cuda")
+        stride, count = (words // loads, ctypes.c_ulonglong), (loads, ctypes.c_int)
+        launch = self._kernel("chase", 1, 1, tensor, stride, count, (0, ctypes.c_uint), out)
+        return lambda: (launch(), out)[1]
+
+    def latency_cycles(self, tensor: Any) -> float:
+        """Mean cycles of a load from a contiguous tensor of at least 4 bytes: up to 64 dependent ones, all over it."""
+        loads = min(CHASE_LOADS, max(1, tensor.numel() * tensor.element_size() // 128))
+        return self.chase(tensor, loads)().item() / loads
+
+    @property
+    def own_bytes(self) -> int:
+        """What this instrument itself holds of the device's memory."""
+        held = [self._sink, self._marks, self._started, self._ring, self._taken, self._flush_buffer]
+        return sum(-(-t.numel() * t.element_size() // 512) * 512 for t in held)
 
 
 def _compile(major: int, minor: int) -> dict[str, Any]:
@@ -158,8 +364,7 @@ def _compile(major: int, minor: int) -> dict[str, Any]:
     cubin = b" " * _ok(nvrtc.nvrtcGetCUBINSize(program))
     _ok(nvrtc.nvrtcGetCUBIN(program, cubin))
     module = _ok(driver.cuModuleLoadData(cubin))
-    names = ("hold", "read_all", "clock_probe")
-    return {name: _ok(driver.cuModuleGetFunction(module, name.encode())) for name in names}
+    return {name: _ok(driver.cuModuleGetFunction(module, name.encode())) for name in KERNELS}
 
 
 def _ok(result: tuple[Any, ...]) -> Any:
@@ -167,73 +372,3 @@ def _ok(result: tuple[Any, ...]) -> Any:
     if status.value != 0:
         raise DeviceError(f"CUDA driver call failed: {status.name}")
     return values[0] if values else None
-
-
-class Ceilings:
-    """The most that this device was seen to do, each measured once, when first asked for.
-
-    Bandwidths in bytes/s (a copy counts the bytes read plus the bytes written), arithmetic in FLOP/s per dtype.
-    """
-
-    def __init__(self, gpu: Gpu | None) -> None:
-        self.gpu = gpu
-        self._flops: dict[str, float | None] = {}
-
-    @cached_property
-    def bandwidth(self) -> tuple[float, float] | tuple[None, None]:
-        """(copy, read), over 4 GiB or a quarter of the free memory where that is less (CPU: 512 MiB).
-
-        (None, None) without torch.
-        """
-        try:
-            import torch
-        except ImportError:
-            return None, None
-        device = "cuda" if self.gpu else "cpu"
-        size = CPU_COPY_BYTES
-        if self.gpu:
-            size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 4) // 4096 * 4096
-        source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
-        copy = size * 2 / _median(self.gpu, functools.partial(torch.empty_like(source).copy_, source))
-        if self.gpu is None:
-            return copy, size / _median(None, source.view(torch.float64).nan_to_num_().sum)
-        return copy, size / _median(self.gpu, functools.partial(self.gpu.read, source))
-
-    def flops(self, dtype: str) -> float | None:
-        """A square matrix product a b^T, as of a linear layer, of random data, without TF32.
-
-        dtype: `fp32`, `fp16`, `bf16` or `fp64`. None for any other, where it cannot be computed, and without torch.
-        """
-        if dtype not in self._flops:
-            self._flops[dtype] = self._measure_flops(dtype)
-        return self._flops[dtype]
-
-    def _measure_flops(self, dtype: str) -> float | None:
-        try:
-            import torch
-        except ImportError:
-            return None
-        device = "cuda" if self.gpu else "cpu"
-        kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
-        if dtype not in kinds:
-            return None
-        # Grow until one product is long enough to be at full rate, so that a slow dtype costs no minutes.
-        rate = None
-        for n in (1024, 2048, 4096, 8192) if self.gpu else (256, 512, 1024, 2048):
-            try:
-                a, b = (torch.randn(n, n, device=device).to(kinds[dtype]) for _ in range(2))
-                seconds = _median(self.gpu, functools.partial(torch.nn.functional.linear, a, b))
-            except timing.TimingError:
-                raise
-            except RuntimeError:  # no kernel for the dtype, or no memory for this size
-                return rate
-            rate = max(rate or 0.0, 2 * n**3 / seconds)
-            if seconds * 8 > 0.1:
-                break
-        return rate
-
-
-def _median(gpu: Gpu | None, work: timing.Work) -> float:
-    sampler = timing.cold(work, gpu) if gpu else timing.host(work)
-    limits = timing.Limits(min_samples=3, max_samples=15, seconds=0.3)
-    return statistics.median(timing.collect([sampler], limits)[0].seconds)

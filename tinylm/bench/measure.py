@@ -1,26 +1,22 @@
-"""The `measure` fixture's object: check, warm up, time, read telemetry, replay into pytest-benchmark."""
+"""The `measure` fixture's object: prove, time, judge against peers, record, replay into pytest-benchmark."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import pytest
 
-from tinylm.bench import telemetry, timing
-from tinylm.bench.device import Ceilings, Gpu
-from tinylm.bench.timing import Limits, Samples
-
-# The telemetry pass keeps the device busy about this long, so that clocks and temperature are those of the work.
-TELEMETRY_S = 0.03
-
-
-class CheckFailed(AssertionError):
-    """The work's result is not that of the reference: the cell fails, and no time is taken."""
+from tinylm.bench import trial
+from tinylm.bench.journal import RECORD
+from tinylm.bench.machine import Machine
+from tinylm.bench.proof import Case, CheckFailed, implausible
+from tinylm.bench.sampling import Samples
+from tinylm.bench.trial import Result, Work
+from tinylm.bench.watch import Block
 
 
 class Clock:
@@ -33,84 +29,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@dataclass
-class Machine:
-    """What a run is measured on; the instruments are made when first used."""
-
-    device: str  # "cpu" | "cuda"
-    facts: dict[str, Any]
-    label: str
-    limits: Limits
-
-    @cached_property
-    def gpu(self) -> Gpu | None:
-        return Gpu() if self.device == "cuda" else None
-
-    @cached_property
-    def ceilings(self) -> Ceilings:
-        return Ceilings(self.gpu)
-
-    @cached_property
-    def nvml(self) -> telemetry.Nvml:
-        return telemetry.Nvml.open(str(self.gpu.properties.uuid)) if self.gpu else telemetry.Nvml(reason="no card")
-
-    @property
-    def null_reasons(self) -> dict[str, str]:
-        """Why readings were null, by name."""
-        return dict(self.nvml.reasons) if "nvml" in self.__dict__ else {}
-
-    @property
-    def computes_bf16(self) -> bool:
-        """Whether bf16 is computed natively: compute capability 8.0 up. A CPU is not counted as doing so."""
-        capability = self.facts["compute_capability"]
-        return capability is not None and float(capability) >= 8.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One implementation to be measured.
-
-    fn(*inputs()) is the work. check(result, *args) gets the result on fresh inputs; it returns the error against
-    the reference (a float) or None, and raises AssertionError if the result is wrong.
-    """
-
-    fn: Callable[..., Any]
-    inputs: Callable[[], tuple[Any, ...]] = tuple
-    check: Callable[..., float | None] | None = None
-
-
-def against(reference: Callable[..., Any], tolerance: float) -> Callable[..., float]:
-    """A check: the largest ||result - reference|| / ||reference||, over all tensors returned, is within `tolerance`.
-
-    reference(*args) gets the same inputs and should compute in fp64; the norms are taken in fp64. A result that is
-    not finite where the reference is finite fails.
-    """
-
-    def check(result: Any, *args: Any) -> float:
-        expected = reference(*args)
-        results, expecteds = (value if isinstance(value, tuple) else (value,) for value in (result, expected))
-        if len(results) != len(expecteds):
-            raise CheckFailed(f"{len(results)} results where the reference gives {len(expecteds)}")
-        worst = 0.0
-        for got, want in zip(results, expecteds, strict=True):
-            if got.shape != want.shape:
-                raise CheckFailed(f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-            want = want.double()
-            error = ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
-            if not error <= tolerance:
-                raise CheckFailed(f"relative error {error:.3g} against the reference, tolerance {tolerance:.3g}")
-            worst = max(worst, error)
-        return worst
-
-    return check
-
-
-@dataclass
-class _Result:
-    samples: Samples
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Measure:
@@ -136,62 +54,47 @@ class Measure:
         *,
         inputs: Callable[[], tuple[Any, ...]] = tuple,
         check: Callable[..., float | None] | None = None,
-        timing: str | None = None,
-        sync: Callable[[], Any] | None = None,
-        units: int = 1,
-        bytes: float | None = None,
-        flops: float | None = None,
-        tokens: float | None = None,
+        mutates: bool = False,
+        constant: bool = False,
+        **work: Unpack[Work],
     ) -> None:
-        """Check, time and record fn(*inputs()). Raises CheckFailed for a wrong result, TimingError for work that the
-        mode cannot time.
+        """Prove, time and record fn(*inputs()): see `Case` and `Work`.
 
-        timing: `cold` (what a GPU gets by default), `graph`, `hot` or `host`; a CPU is always timed by `host`.
-        sync: waits for work that torch's streams do not see. units: how many equal units one call of fn does, as
-        the tokens of a decode loop; samples, bytes, flops and tokens are then per unit. bytes: that must move;
-        flops: floating-point operations; tokens: produced.
+        Raises CheckFailed for a wrong or dishonest result, TimingError for work that the mode cannot time.
         """
-        case = Case(fn, inputs, check)
-        declared = {"bytes": bytes, "flops": flops, "tokens": tokens}
-        if self._disabled(case):
+        trial.known(work)
+        case = Case(fn, inputs, check, mutates, constant)
+        if self._benchmark.disabled:
+            self._once(case)
             return
         with self._failing():
-            (result,) = self._take([case], timing, sync, units)
-            assert isinstance(result, _Result)
-            self._record(result, declared)
+            (result,) = trial.take(self.machine, [case], work)
+            assert isinstance(result, Result)
+            self._record(result, work)
         self._replay(result.samples.seconds, lambda: fn(*inputs()))
 
-    def interleaved(
-        self,
-        axis: str,
-        build: Callable[[Any], Case],
-        *,
-        timing: str | None = None,
-        sync: Callable[[], Any] | None = None,
-        units: int = 1,
-        bytes: float | None = None,
-        flops: float | None = None,
-        tokens: float | None = None,
-    ) -> None:
-        """Measure this test together with its peers, which differ from it in parameter `axis` alone, round by round.
+    def interleaved(self, axis: str, build: Callable[[Any], Case], *, base: Any = None, **work: Unpack[Work]) -> None:
+        """Measure this test together with its peers, which differ from it in parameter `axis` alone, block by block.
 
-        build(value) makes the peer's case; it may skip. The first test of the group measures all that were
-        selected; each test replays its own samples.
+        build(value) makes the peer's case; it may skip. The first test of the group measures all that were selected;
+        each test replays its own samples, and records how it compares with the peer `base` (or, where that is not
+        there, the first).
         """
+        trial.known(work)
         node = self._request.node
         own = node.callspec.params[axis]
         if self._benchmark.disabled:
-            self._disabled(build(own))
+            self._once(build(own))
             return
         groups = node.config.stash.setdefault(_GROUPS, {})
         key = (node.path, node.originalname, *((k, v) for k, v in node.callspec.params.items() if k != axis))
         with self._failing():
             if key not in groups:
-                groups[key] = self._take_group(self._peers(axis), build, timing, sync, units)
+                groups[key] = self._take_group(self._peers(axis), build, base, work)
             result = groups[key].pop(own)
             if isinstance(result, BaseException):
                 raise result
-            self._record(result, {"bytes": bytes, "flops": flops, "tokens": tokens})
+            self._record(result, work)
         self._replay(result.samples.seconds, lambda: None)
 
     def samples(self, seconds: list[float], timing: str, **declared: float | None) -> None:
@@ -203,124 +106,94 @@ class Measure:
         with self._failing():
             if not seconds or not all(math.isfinite(s) and s >= 0 for s in seconds):
                 raise ValueError(f"samples {seconds!r}: expected at least one, finite and not negative")
-            self._record(_Result(Samples(list(seconds), "given"), {"timing": timing}), declared)
+            given = Samples([Block([second]) for second in seconds], "given")
+            self._record(Result(given, {"timing": timing}), declared)
         self._replay(seconds, lambda: None)
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
-    def _disabled(self, case: Case) -> bool:
-        if not self._benchmark.disabled:
-            return False
+    def _once(self, case: Case) -> None:
+        """Without timing (--benchmark-disable): the work and its check, once."""
         self._used = True
         args = case.inputs()
-        _checked(case.check, self._benchmark.pedantic(case.fn, args=args), args)
-        return True
+        result = self._benchmark.pedantic(case.fn, args=args)
+        if case.check is not None:
+            case.check(result, *args)
 
-    def _peers(self, axis: str) -> list[Any]:
+    def _peers(self, axis: str) -> dict[Any, pytest.Item]:
+        """The tests that differ from this one in `axis` alone, by their value of it, and are to be measured."""
         node = self._request.node
+        record = node.config.stash[RECORD]
         own = {k: v for k, v in node.callspec.params.items() if k != axis}
-        found = []
+        found = {}
         for item in node.session.items:
             if (item.path, getattr(item, "originalname", None)) == (node.path, node.originalname):
                 params = dict(item.callspec.params)
                 value = params.pop(axis)
-                if params == own:
-                    found.append(value)
+                if params == own and not record.settled(item):
+                    found[value] = item
         return found
 
     def _take_group(
-        self, values: list[Any], build: Callable[[Any], Case], *how: Any
-    ) -> dict[Any, _Result | BaseException]:
+        self, peers: dict[Any, pytest.Item], build: Callable[[Any], Case], base: Any, work: Work
+    ) -> dict[Any, Result | BaseException]:
         cases: dict[Any, Case] = {}
-        taken: dict[Any, _Result | BaseException] = {}
-        for value in values:
+        taken: dict[Any, Result | BaseException] = {}
+        held: list[int] = []
+        for value in sorted(peers, key=lambda value: value != base):  # the base first: ratios are taken to the first
             try:
-                cases[value] = build(value)
+                with self.machine.wall.phase("inputs"):
+                    before = trial.allocated(self.machine.gpu)
+                    cases[value] = self._told(build(value), peers[value])
+                    held.append(trial.allocated(self.machine.gpu) - before)
             except (Exception, pytest.skip.Exception) as error:
                 taken[value] = error
-        return taken | dict(zip(cases, self._take(list(cases.values()), *how), strict=True))
+        measured = dict(zip(cases, trial.take(self.machine, list(cases.values()), work, held), strict=True))
+        found = {value: result for value, result in measured.items() if isinstance(result, Result)}
+        with self.machine.wall.phase("statistics"):
+            trial.judge(found, self.machine.limits.threshold)
+        return taken | measured
 
-    def _take(
-        self, cases: list[Case], mode: str | None, sync: Callable[[], Any] | None, units: int
-    ) -> list[_Result | BaseException]:
-        """Samples of each case, taken in turn. A case that fails gives its exception; a single one raises it."""
-        mode = "host" if self.device == "cpu" else mode or "cold"
-        if mode == "host" and sync is None and self.device == "cuda":
-            import torch
+    def _told(self, case: Case, item: pytest.Item) -> Case:
+        """The case, of which the journal knows that it is on: if it ends the process, it is not the test that runs."""
 
-            sync = torch.cuda.synchronize
-        results: list[_Result | BaseException] = []
-        running: list[tuple[_Result, timing.Work, timing.Sampler]] = []
-        for case in cases:
-            try:
-                args = case.inputs()
-                error = _checked(case.check, case.fn(*args), args)
-                del args
-                work = _bind(case.fn, case.inputs())
-                sampler = timing.sampler(mode, work, self.machine.gpu, sync)
-            except (Exception, pytest.skip.Exception) as trouble:
-                if len(cases) == 1:
-                    raise
-                results.append(trouble)
-                continue
-            extra = {"timing": mode} | ({} if error is None else {"error": error})
-            result = _Result(Samples(), extra)
-            results.append(result)
-            running.append((result, work, sampler))
-        for (result, _, _), samples in zip(
-            running, timing.collect([sampler for *_, sampler in running], self.machine.limits), strict=True
-        ):
-            result.samples = Samples([s / units for s in samples.seconds], samples.stop_reason)
-        for result, work, _ in running:
-            result.extra |= self._telemetry(work, result.samples.median * units)
-        return results
+        def inputs() -> tuple[Any, ...]:
+            self._request.config.stash[RECORD].start(item)
+            return case.inputs()
 
-    def _telemetry(self, work: timing.Work, seconds: float) -> dict[str, Any]:
-        """Allocator peaks of one call, then power, temperature and clock.
-
-        The peaks are the process's: they hold what else lives beside the work (cold's flush buffer, the peers of an
-        interleaved group). Work of less than 30 ms is kept running while they are read; the driver averages
-        `power_w` over up to a second, so that it also knows what ran before.
-        """
-        if self.device == "cpu":
-            return {}
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        found: dict[str, Any] = {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-        }
-        for _ in range(min(1000, math.ceil(TELEMETRY_S / seconds)) if seconds < TELEMETRY_S else 0):
-            work()
-        for name in ("power_w", "temperature_c", "throttle"):
-            found[name] = self.machine.nvml.read(name)
-        assert self.machine.gpu is not None
-        found["sm_clock_hz"] = self.machine.gpu.sm_clock_hz()
-        return found
+        return replace(case, inputs=inputs)
 
     # --- recording -------------------------------------------------------------------------------------------------
 
-    def _record(self, result: _Result, declared: Mapping[str, float | None]) -> None:
-        median = result.samples.median
-        extra = {name: value for name, value in declared.items() if value is not None}
+    def _record(self, result: Result, declared: Mapping[str, Any]) -> None:
+        samples = result.samples
+        median = samples.median
+        extra = {name: declared[name] for name in trial.DECLARED if declared.get(name) is not None}
         rates = {f"{name}_per_s": value / median for name, value in extra.items() if median > 0}
-        record = result.extra | {"stop_reason": result.samples.stop_reason} | extra | rates
-        shares = []
+        record = result.extra | {"stop_reason": samples.stop_reason} | extra | rates
+        if samples.stop_reason != "given":
+            record |= {"ci_width": samples.width, "blocks": len(samples.blocks)}
+            record["block_samples"] = len(samples.blocks[0].seconds)
+        shares, copy_share = [], 0.0
         if "bytes" in extra or "flops" in extra:
-            copy, read = self.machine.ceilings.bandwidth
+            with self.machine.wall.phase("ceilings"), self.machine.stream():
+                copy, read = self.machine.ceilings.bandwidth
             record |= {"ceiling_bytes_per_s": copy, "ceiling_read_bytes_per_s": read}
             if copy and "bytes_per_s" in rates:
-                shares.append(rates["bytes_per_s"] / copy)
+                copy_share = rates["bytes_per_s"] / copy
+                shares.append(copy_share)
         dtype = self._request.node.callspec.params.get("dtype") if hasattr(self._request.node, "callspec") else None
         if "flops" in extra and dtype is not None:
-            ceiling = record["ceiling_flops_per_s"] = self.machine.ceilings.flops(dtype)
+            with self.machine.wall.phase("ceilings"), self.machine.stream():
+                ceiling = record["ceiling_flops_per_s"] = self.machine.ceilings.flops(dtype)
             if ceiling and "flops_per_s" in rates:
                 shares.append(rates["flops_per_s"] / ceiling)
         if shares:
             record["of_ceiling"] = max(shares)
+        if copy_share and self.machine.gpu is not None:
+            cache = self.machine.gpu.properties.L2_cache_size
+            if why := implausible(copy_share, record["timing"], extra["bytes"], cache):
+                raise CheckFailed(why)
         self._benchmark.extra_info.update(record)
 
     def _replay(self, seconds: list[float], work: Callable[[], Any]) -> None:
@@ -339,7 +212,8 @@ class Measure:
             else:
                 self._clock.now = sample
 
-        self._benchmark.pedantic(target, setup=setup, rounds=len(seconds), iterations=1)
+        with self.machine.wall.phase("reporting"):
+            self._benchmark.pedantic(target, setup=setup, rounds=len(seconds), iterations=1)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -361,11 +235,7 @@ class Measure:
                     raise
 
 
-_GROUPS = pytest.StashKey[dict[Any, dict[Any, "_Result | BaseException"]]]()
-
-
-def _bind(fn: Callable[..., Any], args: tuple[Any, ...]) -> timing.Work:
-    return (lambda: fn(*args)) if args else fn
+_GROUPS = pytest.StashKey[dict[Any, dict[Any, "Result | BaseException"]]]()
 
 
 def _raiser(error: BaseException) -> Callable[[], None]:
@@ -373,10 +243,3 @@ def _raiser(error: BaseException) -> Callable[[], None]:
         raise error
 
     return fail
-
-
-def _checked(check: Callable[..., float | None] | None, result: Any, args: tuple[Any, ...]) -> float | None:
-    error = None if check is None else check(result, *args)
-    if error is not None and not math.isfinite(error):
-        raise CheckFailed(f"the check gives an error of {error}: a result that is not finite is wrong")
-    return error

@@ -1,4 +1,4 @@
-"""The pytest plugin: options, cells, the `measure` fixture, the journal, and what enters pytest-benchmark's JSON.
+"""The pytest plugin: options, cells, the `measure` fixture, and what enters pytest-benchmark's machine_info.
 
 Everything reaches pytest-benchmark through its public ways: a marker with a virtual clock as `timer`, `pedantic`,
 `extra_info`, and its hooks. Its table, JSON, save, compare and histogram then work unchanged.
@@ -6,33 +6,44 @@ Everything reaches pytest-benchmark through its public ways: a marker with a vir
 
 from __future__ import annotations
 
-import datetime
-import gc
-import json
-import os
+import dataclasses
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tinylm.bench import isolated, plan, telemetry, timing
-from tinylm.bench.measure import Clock, Machine, Measure
+from tinylm.bench import journal, plan, supervisor, telemetry, timing
+from tinylm.bench.compare import fraction
+from tinylm.bench.machine import Machine
+from tinylm.bench.measure import Clock, Measure
+from tinylm.bench.record import MEASURE, Record, measures
+from tinylm.bench.results import BrokenFile
+from tinylm.bench.wall import Wall, overhead
 
 # The smallest memory of a card, in GiB, for which a rung is chosen when none is given: below the nominal 40, 16 and 6,
 # of which the driver keeps a part.
 RUNG_MEMORY_GIB = {"datacenter": 36, "desktop": 14, "laptop": 5, "quick": 0}
 
+# option -> field of `timing.Limits`
+_LIMITS = {
+    **{name: name for name in ("min_samples", "max_samples", "clock_share", "threshold")},
+    "cell_seconds": "seconds",
+    "ci_width": "width",
+}
+
 _MACHINE = pytest.StashKey[Machine]()
 _CLOCK = pytest.StashKey[Clock]()
+_WALL = pytest.StashKey[Wall]()
 _TROUBLE = pytest.StashKey[list[str]]()
 _OVERRIDES = pytest.StashKey[Mapping[str, Sequence[Any]]]()
 _KNOWN = pytest.StashKey[dict[str, list[Any]]]()  # axis -> what the experiments of this run take
-_CELLS = pytest.StashKey[list[dict[str, Any]]]()  # finished cells, in order
-_JOURNAL = pytest.StashKey[Path]()
-_MEASURE = pytest.StashKey[Measure]()
+_OURS = pytest.StashKey[bool]()  # cells of this plugin were collected
+_SUPERVISED = pytest.StashKey[tuple[str | None, Path | None]]()  # its supervisor's token, the journal to resume
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,16 +54,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--min-samples", type=int, metavar="N", help="fewest samples of a cell")
     group.addoption("--max-samples", type=int, metavar="N", help="most samples of a cell")
     group.addoption("--cell-seconds", type=float, metavar="S", help="stop sampling a cell after this time")
+    group.addoption("--ci-width", type=fraction, metavar="W", help="stop once the median is known to this (0.5%%)")
+    group.addoption("--clock-share", type=fraction, metavar="W", help="repeat a block below this clock (75%%)")
+    group.addoption("--threshold", type=fraction, metavar="W", help="the least difference of peers (0.5%%; CPU: 2%%)")
+    group.addoption("--energy", action="store_true", help="measure joules too: some 5 s more for each cell")
+    group.addoption("--resume", metavar="FILE", type=Path, help="take over the finished cells of this JSON or journal")
+    group.addoption("--retry", action="store_true", help="with --resume: all but the measured cells once more")
+    group.addoption("--in-process", action="store_true", help="a cell that crashes ends the run, instead of a restart")
     for axis in plan.AXES:
         group.addoption(plan.option(axis), metavar="A,B", dest=f"axis_{axis}", help=f"these values of {axis} instead")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """A run that writes a file is supervised, so that it outlives a cell that crashes."""
+    config.stash[_SUPERVISED] = supervisor.adopt()
+    json_path = journal.json_path(config)
+    if config.stash[_SUPERVISED][0] is not None or json_path is None or not supervisor.wanted(config):
+        return None
+    return supervisor.supervise([sys.executable, *sys.orig_argv[1:]], journal.beside(json_path.absolute()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(rungs, choices, seconds): the cells of an experiment (tinylm)")
     config.stash[_CLOCK] = Clock()
+    config.stash[_WALL] = Wall()
     config.stash[_TROUBLE] = []
     config.stash[_KNOWN] = {}
-    config.stash[_CELLS] = []
+    config.stash[_OURS] = False
     try:  # what can be refused without a look at the device is refused at once
         telemetry.label({"type": "cpu"}, config.getoption("gpu_label"))
         _limits(config, timing.CPU_LIMITS)
@@ -61,22 +90,42 @@ def pytest_configure(config: pytest.Config) -> None:
             for axis in plan.AXES
             if (text := config.getoption(f"axis_{axis}")) is not None
         }
-        json_path = _json_path(config)
-        if json_path is not None:
-            config.stash[_JOURNAL] = _journal(json_path)
+        config.stash[journal.RECORD] = _record(config)
     except (telemetry.MachineError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
+    config.pluginmanager.register(config.stash[journal.RECORD], "tinylm-record")
 
 
 def _limits(config: pytest.Config, default: timing.Limits) -> timing.Limits:
-    low, high = config.getoption("min_samples"), config.getoption("max_samples")
-    seconds = config.getoption("cell_seconds")
-    least = low if low is not None else min(default.min_samples, high or default.min_samples)
-    most = high if high is not None else max(default.max_samples, least)
+    given = {field: value for name, field in _LIMITS.items() if (value := config.getoption(name)) is not None}
+    low, high = given.get("min_samples"), given.get("max_samples")
+    given.setdefault("min_samples", min(default.min_samples, high or default.min_samples))
+    given.setdefault("max_samples", max(default.max_samples, low or default.max_samples))
     try:
-        return timing.Limits(least, most, default.seconds if seconds is None else seconds)
+        return dataclasses.replace(default, **given)
     except ValueError as error:
-        raise ValueError(f"--min-samples, --max-samples, --cell-seconds: {error}") from None
+        options = ", ".join("--" + name.replace("_", "-") for name in _LIMITS)
+        raise ValueError(f"{options}: {error}") from None
+
+
+def _record(config: pytest.Config) -> Record:
+    """What keeps the cells. Raises ValueError if the JSON cannot be written, or the file to resume not be read."""
+    path = journal.json_path(config)
+    if path is not None:
+        journal.check_writable(path)
+    given, retry = config.getoption("resume"), config.getoption("retry")
+    if retry and given is None:
+        raise ValueError("--retry: expected --resume FILE with it, whose cells are to be measured once more")
+    token, again = config.stash.get(_SUPERVISED, (None, None))
+    if again is not None:  # this process goes on where another was lost
+        given, retry = again, False
+    try:
+        resumed = None if given is None else journal.load(given)
+    except BrokenFile as error:
+        raise ValueError(f"--resume {error}") from None
+    if config.getoption("benchmark_disable", False) or config.getoption("dist", "no") != "no":
+        path = None  # nothing is measured
+    return Record(config, lambda: _machine(config), path and journal.beside(path.absolute()), resumed, retry, token)
 
 
 def _machine(config: pytest.Config) -> Machine:
@@ -86,7 +135,8 @@ def _machine(config: pytest.Config) -> Machine:
         facts = telemetry.device_facts(device)
         label = telemetry.label(facts, config.getoption("gpu_label"))
         limits = _limits(config, timing.GPU_LIMITS if device == "cuda" else timing.CPU_LIMITS)
-        config.stash[_MACHINE] = Machine(device, facts, label, limits)
+        energy, wall = config.getoption("energy"), config.stash[_WALL]
+        config.stash[_MACHINE] = Machine(device, facts, label, limits, energy, wall)
     return config.stash[_MACHINE]
 
 
@@ -131,17 +181,14 @@ def preset_size(config: pytest.Config) -> str:
     return next(rung for rung, least in RUNG_MEMORY_GIB.items() if gib >= least)
 
 
-def _measures(item: pytest.Item) -> bool:
-    return "measure" in getattr(item, "fixturenames", ())
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = list(filter(_measures, items))
+    ours = list(filter(measures, items))
     trouble = config.stash[_TROUBLE]
     if ours and not trouble:
+        config.stash[_OURS] = True
         try:
-            _machine(config)
+            trouble += config.stash[journal.RECORD].mismatch()
         except telemetry.MachineError as error:
             trouble.append(str(error))
     for axis, values in config.stash[_OVERRIDES].items():
@@ -168,21 +215,24 @@ def _group(item: pytest.Item) -> str:
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    ours = list(filter(_measures, items))
+    ours = list(filter(measures, items))
     if config.stash[_TROUBLE] or not ours:
         return []
-    machine = _machine(config)
+    # From the start of the process: the interpreter, torch, the benchmarks.
+    config.stash[_WALL].seconds["import"] = time.time() - psutil.Process().create_time()
+    machine, record = _machine(config), config.stash[journal.RECORD]
     files: dict[str, list[float]] = defaultdict(list)
     for item in ours:
         marker = item.get_closest_marker("cells")
         seconds = marker.kwargs["seconds"].get(machine.device, 0.0) if marker else 0.0
-        files[item.path.name].append(seconds)
+        files[item.path.name].append(0.0 if record.settled(item) else seconds)
+    usual = not config.stash[_OVERRIDES] and all(config.getoption(name) is None for name in _LIMITS)
     lines = [f"tinylm: label {machine.label}, {machine.facts['name']}, size {preset_size(config)}"]
     for name, seconds_each in files.items():
         total = sum(seconds_each)
-        forecast = f", about {total / 60:.1f} min" if total else ""
+        forecast = f", about {total / 60:.1f} min" if total and usual else ""
         lines.append(f"tinylm: {name}: {len(seconds_each)} cells{forecast}")
-    return lines
+    return lines + [f"tinylm: {line}" for line in record.lines(ours)]
 
 
 # --- one cell ------------------------------------------------------------------------------------------------------
@@ -199,96 +249,9 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Measure]
     """Times what it is handed, once per test; see `tinylm.bench.measure.Measure`."""
     config = request.config
     fixture = Measure(benchmark, _machine(config), config.stash[_CLOCK], request)
-    request.node.stash[_MEASURE] = fixture
+    request.node.stash[MEASURE] = fixture
     yield fixture
     fixture.close()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    try:
-        return (yield)
-    except Exception as error:
-        if not (_measures(item) and isolated.is_out_of_memory(error)):
-            raise
-        if _MEASURE in item.stash:
-            item.stash[_MEASURE].extra_info["out_of_memory"] = True
-        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    pytest.skip(reason)  # outside the handler, so that the frames which hold the memory are gone
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    if _measures(item) and "torch" in sys.modules and item.config.stash[_MACHINE].device == "cuda":
-        gc.collect()
-        sys.modules["torch"].cuda.empty_cache()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    report = yield
-    if _measures(item) and (report.when == "call" or (report.when == "setup" and not report.passed)):
-        _finished(item, report, call)
-    return report
-
-
-def _finished(item: pytest.Item, report: Any, call: pytest.CallInfo[None]) -> None:
-    fixture = item.stash.get(_MEASURE, None)
-    marker = item.get_closest_marker("benchmark")
-    cell = {
-        "fullname": item.nodeid,
-        "name": item.name,
-        "group": marker.kwargs.get("group") if marker else None,
-        "params": dict(item.callspec.params) if hasattr(item, "callspec") else None,
-        "outcome": {"passed": "measured"}.get(report.outcome, report.outcome),
-        "extra_info": dict(fixture.extra_info) if fixture else {},
-    }
-    if report.passed:
-        cell["data"] = fixture.seconds if fixture else []
-    elif report.skipped:
-        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
-        cell["reason"] = told.removeprefix("Skipped: ")
-    else:
-        assert call.excinfo is not None
-        cell["reason"] = f"{call.excinfo.typename}: {call.excinfo.value}".splitlines()[0]
-    item.config.stash[_CELLS].append(cell)
-    journal = item.config.stash.get(_JOURNAL, None)
-    if journal is not None:
-        if len(item.config.stash[_CELLS]) == 1:
-            journal.parent.mkdir(parents=True, exist_ok=True)
-            journal.unlink(missing_ok=True)
-            now = datetime.datetime.now(datetime.UTC).isoformat()
-            _append(journal, {"journal": 1, "started": now, "argv": sys.argv[1:]})
-        _append(journal, cell)
-
-
-# --- the journal and the JSON --------------------------------------------------------------------------------------
-
-
-def _json_path(config: pytest.Config) -> Path | None:
-    given = config.getoption("benchmark_json", None)
-    # Before pytest-benchmark 5.3 this is an open file.
-    return given if given is None or isinstance(given, Path) else Path(given.name)
-
-
-def _journal(json_path: Path) -> Path:
-    """Where the journal of this file goes, once a cell is finished. Raises ValueError if the file cannot be written."""
-    if json_path.is_dir():
-        raise ValueError(f"--benchmark-json {json_path}: is a folder, expected a file")
-    there = json_path if json_path.exists() else json_path.absolute().parent
-    while not there.exists():
-        there = there.parent
-    if not os.access(there, os.W_OK) or not (there.is_dir() or there == json_path):
-        raise ValueError(f"--benchmark-json {json_path}: {there} cannot be written: name another")
-    return json_path.with_name(json_path.stem + ".journal.jsonl")
-
-
-def _append(journal: Path, entry: dict[str, Any]) -> None:
-    """One line, on disk when this returns, so that whatever ends the run leaves every finished cell."""
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -296,6 +259,22 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Only what stays the same from run to run, so that compare does not warn of a difference that is none."""
     for live in ("hz_actual", "hz_actual_friendly"):
         machine_info.get("cpu", {}).pop(live, None)
+    # A suite that uses nothing of ours is not to import torch for it.
+    if config.stash[_OURS] or config.getoption("gpu_label"):
+        _add_machine(config, machine_info)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> Generator[None, object, object]:
+    """pytest-benchmark compares before it is known what the run collects: the file tells whether it is of ours."""
+    if "label" in compared_benchmark["machine_info"]:
+        _add_machine(config, machine_info)
+    return (yield)
+
+
+def _add_machine(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     try:
         machine = _machine(config)
     except telemetry.MachineError:
@@ -303,10 +282,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["label"], machine_info["device"] = machine.label, machine.facts
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    for outcome in ("skipped", "failed"):
-        cells = [cell for cell in config.stash[_CELLS] if cell["outcome"] == outcome]
-        output_json[outcome] = [{k: v for k, v in cell.items() if k != "outcome"} for cell in cells]
-    if _MACHINE in config.stash:  # why a reading of extra_info is null
-        output_json["null_reasons"] = config.stash[_MACHINE].null_reasons
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Where the time went, in one line."""
+    if not config.stash[_OURS]:
+        return
+    spent = config.stash[_WALL].account(time.time() - psutil.Process().create_time())
+    told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
+    besides = overhead(spent)
+    rest = "" if besides is None else f"; besides work and flush {besides:.1%} of the time after preparation"
+    terminalreporter.write_line(f"tinylm: seconds: {told}{rest}")

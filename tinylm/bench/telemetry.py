@@ -5,6 +5,7 @@ Every NVML query is guarded: it gives a value, or None with the reason; never 0 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import platform
@@ -73,9 +74,9 @@ class Nvml:
     def read(self, name: str) -> Any:
         """A reading by its name, or None; `reasons[name]` then tells why.
 
-        name, driver, driver_cuda: str. power_limit_w, power_w: watts, the latter averaged by the driver over up to a
-        second. temperature_c: degrees Celsius. throttle: list of reasons. used_bytes: of the whole card;
-        own_bytes: of this process.
+        name, driver, driver_cuda: str. power_limit_w, power_w: watts. energy_j: joules since the driver was loaded.
+        temperature_c: degrees Celsius. throttle: list of reasons. used_bytes: of the whole card; own_bytes: of this
+        process.
         """
         if self.handle is None:
             self.reasons[name] = self.reason or "no card"
@@ -102,6 +103,15 @@ def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
     return [name for name, bit in names.items() if bits & bit]
 
 
+def _power(nvml: Any, handle: Any) -> float:
+    """Of this moment where the card tells; else the driver's average over up to a second."""
+    with contextlib.suppress(nvml.NVMLError, AttributeError):
+        (field,) = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
+        if field.nvmlReturn == nvml.NVML_SUCCESS:
+            return field.value.uiVal / 1e3
+    return nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+
+
 def _own_memory(nvml: Any, handle: Any) -> int | None:
     for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
         if process.pid == os.getpid():
@@ -114,7 +124,8 @@ _READINGS: dict[str, Any] = {
     "driver": lambda nvml, card: nvml.nvmlSystemGetDriverVersion(),
     "driver_cuda": lambda nvml, card: "{}.{}".format(*divmod(nvml.nvmlSystemGetCudaDriverVersion() // 10, 100)),
     "power_limit_w": lambda nvml, card: nvml.nvmlDeviceGetPowerManagementLimit(card) / 1e3,
-    "power_w": lambda nvml, card: nvml.nvmlDeviceGetPowerUsage(card) / 1e3,
+    "power_w": _power,
+    "energy_j": lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3,
     "temperature_c": lambda nvml, card: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
     "throttle": _throttle_reasons,
     "used_bytes": lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card).used,
