@@ -49,7 +49,8 @@ def test_vram(measure, device, preset, dtype, batch, context):
     if device == "cuda":
         torch.cuda.empty_cache()
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    outcome = isolated.run(cell, config=config, dtype=dtype, batch=batch, context=context, uuid=uuid)
+    with measure.machine.wall.phase("fresh process"):
+        outcome = isolated.run(cell, config=config, dtype=dtype, batch=batch, context=context, uuid=uuid)
     if outcome.status == "out-of-memory":
         measure.extra_info["out_of_memory"] = True
         pytest.skip(f"out of memory: {outcome.reason}")

@@ -81,8 +81,15 @@ def test_every_mode_does_the_work_and_gives_seconds(gpu: device.Gpu, mode: str) 
 def test_work_that_begins_with_a_copy_or_is_empty_can_be_captured(gpu: device.Gpu) -> None:
     x, y = (torch.ones(1 << 20, device="cuda") for _ in range(2))
     for work in (lambda: x.copy_(y), lambda: None, lambda: (x.zero_(), x.copy_(y))):
-        sampler = timing.cold(work, gpu)
+        sampler = timing.graph(work, gpu)
         assert sampler.queued == "graph" and all(0 <= s < 1 for s in sampler.take(5, lambda: None))
+
+
+def test_copies_are_timed_as_the_stream_makes_them(gpu: device.Gpu) -> None:
+    x, y = (torch.ones(1 << 20, device="cuda") for _ in range(2))
+    for work, queued in ((lambda: x.copy_(y), "stream"), (lambda: x.add_(y), "graph"), (x.zero_, "graph")):
+        sampler = timing.cold(work, gpu)
+        assert sampler.queued == queued and all(0 <= s < 1 for s in sampler.take(5, lambda: None))
 
 
 def test_work_that_cannot_be_captured_is_held_in_the_stream(gpu: device.Gpu) -> None:

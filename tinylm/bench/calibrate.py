@@ -33,7 +33,7 @@ PAUSE_S = 4e-3
 # What `cold` and `graph` may be away from Nsight Compute: below and from 20 us.
 SHORT_S, SHORT_ERROR_S, ERROR = 20e-6, 0.3e-6, 0.01
 # A run of the suite would stop here too; the width is finer, because the medians themselves are compared.
-REPEAT = Limits(min_samples=100, max_samples=1000, seconds=1.0, width=0.001)
+REPEAT = Limits(min_samples=100, max_samples=1000, seconds=0.5, width=0.001)
 PAIR_S = 0.4
 SLOWER = {"cuda": 0.01, "cpu": 0.1}
 THRESHOLD = {"cuda": 0.005, "cpu": 0.05}

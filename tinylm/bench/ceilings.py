@@ -85,5 +85,6 @@ class Ceilings:
 
 
 def _median(gpu: Gpu | None, work: timing.Work) -> float:
-    sampler = timing.cold(work, gpu) if gpu else timing.host(work)
+    work()  # a first call may take longer than a hold lasts
+    sampler = timing.held(work, gpu) if gpu else timing.host(work)
     return statistics.median(sampling.collect([sampler], LIMITS)[0].seconds)

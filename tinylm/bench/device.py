@@ -240,14 +240,27 @@ class Gpu:
         if self.properties.major < 9:
             return
         driver, stream = self._driver, self.torch.cuda.current_stream().cuda_stream
-        info = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)(stream)
         edge = driver.CUgraphEdgeData()
         edge.from_port = driver.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
         edge.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.value
         update = getattr(driver, "cuStreamUpdateCaptureDependencies_v2", driver.cuStreamUpdateCaptureDependencies)
         replace = driver.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES.value
+        _ok(update(stream, list(self._capture_info(stream)[4][:1]), [edge], 1, replace))
+
+    def captured_copies(self) -> int:
+        """While capturing: how many copies between memories the graph has so far."""
+        driver, stream = self._driver, self.torch.cuda.current_stream().cuda_stream
+        graph = self._capture_info(stream)[3]
+        _, _, count = driver.cuGraphGetNodes(graph)
+        _, nodes, _ = driver.cuGraphGetNodes(graph, count)
+        kinds = [_ok(driver.cuGraphNodeGetType(node)) for node in nodes[:count]]
+        return kinds.count(driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY)
+
+    def _capture_info(self, stream: int) -> Any:
+        driver = self._driver
+        info = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)(stream)
         _ok(info)
-        _ok(update(stream, list(info[4][:1]), [edge], 1, replace))
+        return info
 
     def capture(self, body: Callable[[], Any]) -> Any:
         """What body queues on the current stream (not the default one), as a CUDA graph. Raises what body raises.

@@ -186,8 +186,9 @@ class Record:
         if not self._frozen:
             gc.freeze()  # what was imported is no garbage: looking through it each time takes 0.1 s
             self._frozen = True
-        gc.collect()
+        gc.collect(1)  # the cell's own garbage is young
         if cuda.memory_reserved() > self._machine().facts["memory_bytes"] * CACHED_SHARE:
+            gc.collect()
             cuda.empty_cache()
 
     # --- what became of it -----------------------------------------------------------------------------------------

@@ -154,24 +154,31 @@ def hot(work: Work, device: Any) -> Sampler:
 def cold(work: Work, device: Any) -> Sampler:
     """One call after a flush of the L2 cache, from a CUDA graph where it can be captured, else held in the stream.
 
+    Work that copies tensors is held in the stream too: in a graph such a copy is slower (H200: 2.8 TB/s, not 4.3).
+
     device: a `tinylm.bench.device.Gpu`; its stream must be the current one. Raises TimingError where the work can
     neither be captured nor queued while the stream is held: it synchronizes, or takes longer than a hold lasts.
     """
     work()  # what a first call makes (handles, plans, compiled code) may take longer than a hold lasts
     if device.fine_timer:
         try:
-            return graph(work, device)
+            return graph(work, device, copies=False)
         except TimingError:
             device.torch.cuda.synchronize()
     return held(work, device)
 
 
-def graph(work: Work, device: Any) -> Sampler:
-    """As `cold`, of work that must run from a CUDA graph. The work's buffers must outlive the sampler."""
+def graph(work: Work, device: Any, copies: bool = True) -> Sampler:
+    """As `cold`, of work that must run from a CUDA graph. The work's buffers must outlive the sampler.
+
+    copies: whether it may copy tensors.
+    """
     for _ in range(2):  # capture wants lazy initialization done
         work()
     if not device.fine_timer:
         return held(_captured(work, device).replay, device, "graph")
+
+    found: list[int] = []
 
     def body(ease: bool) -> None:
         device.flush()
@@ -179,12 +186,15 @@ def graph(work: Work, device: Any) -> Sampler:
         if ease:
             device.ease_start()
         work()
+        found[:] = [device.captured_copies()]
         device.end_stamp()
 
     try:
         captured = _captured(lambda: body(True), device)
     except TimingError:  # the first thing queued is no kernel (a copy, a memset), or there are several
         captured = _captured(lambda: body(False), device)
+    if found[0] and not copies:
+        raise TimingError("the work copies tensors, which a graph does in another way: it is held in the stream")
     captured.replay()
     device.torch.cuda.synchronize()
     device.forget_stamps()

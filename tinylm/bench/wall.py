@@ -12,7 +12,7 @@ _now = time.perf_counter
 # Phases that are the run's purpose, or that a mode needs; all others are what measuring costs.
 WORK = ("work", "flush")
 # Before a cell can be measured at all: importing, its inputs and model, its reference, its compilation.
-PREPARATION = ("import", "inputs", "first call", "check")
+PREPARATION = ("import", "inputs", "first call", "check", "fresh process")
 
 
 class Wall:
