@@ -68,7 +68,8 @@ class Suite:
 
     def environment(self) -> dict[str, str]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TINYLM_"))}
-        return clean | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return clean | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": paths}
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         clean = self.environment() | environment

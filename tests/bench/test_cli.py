@@ -297,6 +297,7 @@ def test_a_run_that_died_leaves_its_journal_and_says_so(checkout: Path) -> None:
 
 def test_run_refuses_bad_input_before_anything_is_written(checkout: Path) -> None:
     assert "--benchmark-json" in refused("run", "--benchmark-json=x.json")
+    assert "pytest directly" in refused("run", "--profile", "torch")
     assert "'a/b'" in refused("run", "--gpu-label", "a/b")
     assert "'a/b'" in refused("run", "--suite", "a/b")
     assert "expected auto" in refused("run", "--device", "gpu")

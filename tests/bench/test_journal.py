@@ -155,9 +155,10 @@ def test_a_file_of_another_machine_is_refused_and_of_another_commit_is_told(fini
     status, output = finished.run("--in-process", "--resume=out.json", "--gpu-label=other")
     assert status == pytest.ExitCode.USAGE_ERROR and "measured on cpu (" in output and "this is other (" in output
     assert "Traceback" not in output and finished.journal.read_bytes() == kept[0]
-    (finished.folder / "conftest.py").write_text(CONFTEST.replace("c0ffee", "decade"))
+    # Of another length: Python knows by it, and by the second, that what it has compiled is out of date.
+    (finished.folder / "conftest.py").write_text(CONFTEST.replace("c0ffee", "decade5"))
     status, output = finished.run("--in-process", "--resume=out.journal.jsonl")
-    assert status == 1 and "that was at commit c0ffee, this is decade" in output
+    assert status == 1 and "that was at commit c0ffee, this is decade5" in output
 
 
 @pytest.mark.parametrize("arguments", [("--resume=none.json",), ("--retry",), ("--resume=bench_it.py",)])

@@ -233,6 +233,8 @@ class Told(Witness):
         ([GOOD, GOOD], None),
         ([GOOD, GOOD._replace(tail=5e-3), GOOD], None),  # once is the host's delay
         ([GOOD, *[GOOD._replace(tail=2e-3)] * 3], "side stream: work goes on for 2000 us"),
+        # The other stream's work keeps the last stamp waiting.
+        ([GOOD, *[Batch(53e-6, 2e-6, 20e-6, 600e-6, 1e-5)] * 3], "side stream: work goes on for 600 us"),
         ([GOOD, GOOD._replace(events=1.5e-3)], "torch.cuda.Event gives 1500.0 us for work of 3000.0 us"),
         ([GOOD, GOOD._replace(host=20e-6)], "Event.synchronize"),
         ([None, None], None),  # with one call too: it waits for the device

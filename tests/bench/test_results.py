@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -224,3 +225,16 @@ def test_frame_has_the_columns_of_the_tables(tmp_path: Path) -> None:
     assert list(frame) == results.columns(rows) and len(frame) == len(rows)
     again = pd.read_csv(io.StringIO(results.csv_text(rows)))
     assert list(again) == list(frame) and len(again) == len(frame)
+
+
+def test_an_older_way_of_measuring_gives_way_where_the_present_one_is_there() -> None:
+    def row(label: str, experiment: str, **extra: Any) -> dict[str, Any]:
+        return {"label": label, "experiment": experiment, "outcome": "measured", "name": "x"} | extra
+
+    old, new = {"stop_reason": "samples"}, {"stop_reason": "width", "blocks": 5}
+    rows = [
+        *(row("h200", "rmsnorm", **old), row("h200", "rmsnorm", **new), row("h200", "decode", **old)),
+        *(row("cpu", "rmsnorm", **old), row("h200", "vram", stop_reason="given"), row("h200", "rmsnorm")),
+        row("h200", "rmsnorm", **old) | {"outcome": "skipped"},
+    ]
+    assert results.current(rows) == rows[1:]

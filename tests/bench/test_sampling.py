@@ -146,3 +146,26 @@ def test_the_wall_time_of_a_block_is_shared_out(monkeypatch: pytest.MonkeyPatch)
     collect([Sampler(take, flush_s=0.5)], limits, wall=wall)
     assert wall.seconds["work"] == 4.0 and wall.seconds["flush"] == 2.0
     assert wall.seconds["queue"] == pytest.approx(1.0) and wall.seconds["warm-up"] == 1.75
+
+
+def test_a_peer_that_fails_drops_out_and_the_others_go_on(clock: FakeTime) -> None:
+    taken = 0
+
+    def breaks(count: int, meanwhile: Meanwhile) -> list[float]:
+        nonlocal taken
+        taken += count
+        if taken > 3:
+            raise ValueError("broken")
+        return [1e-3] * count
+
+    limits = Limits(5, 200, 1.0, width=0.01, warmup_calls=1, warmup_seconds=0.0)
+    good, bad = collect([sampler(clock, lambda: 1e-3), Sampler(breaks)], limits)
+    assert str(bad.failure) == "broken" and good.failure is None
+    assert good.stop_reason == "width" and len(good.blocks) >= sampling.MIN_BLOCKS
+    with pytest.raises(ValueError, match="broken"):
+        collect([Sampler(breaks)], limits)
+
+
+def test_peers_take_enough_rounds_for_their_verdict(clock: FakeTime) -> None:
+    both = collect([sampler(clock, lambda: 1e-3) for _ in range(2)], Limits(1, 500, 1.0, width=0.01))
+    assert all(len(samples.blocks) >= sampling.MIN_ROUNDS for samples in both)

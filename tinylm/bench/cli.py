@@ -96,7 +96,7 @@ def _plot(rows: list[Row], out: Path, only: list[str]) -> None:
 
     if unknown := [name for name in only if name not in plots.PLOTS]:
         raise BadInput(f"--only {unknown[0]}: no such plot; expected one of {', '.join(plots.PLOTS)}")
-    for name, paths, reason in plots.save(results.frame(rows), out, only):
+    for name, paths, reason in plots.save(results.frame(results.current(rows)), out, only):
         typer.echo(
             f"{paths[-1]} (and {', '.join(path.suffix for path in paths[:-1])})" if paths else f"{name}: {reason}"
         )
@@ -279,12 +279,14 @@ def run(
     extra = list(ctx.args)
     if any(argument.startswith("--benchmark-json") for argument in extra):
         raise BadInput("--benchmark-json: `run` names the file itself; use --results, or pytest directly")
+    if any(argument.startswith("--profile") for argument in extra):
+        raise BadInput("--profile: `run` keeps timings; for profiles use pytest directly, with -k to choose cells")
     if preset_size is not None and preset_size not in RUNGS:
         raise BadInput(f"--preset-size {preset_size!r}: expected one of {', '.join(RUNGS)}")
     label = _label(_facts(device), gpu_label)
     options = [
         f"--gpu-label={label}",
-        f"--device={device}",
+        *([f"--device={device}"] if device != "auto" else []),  # the suite may have such an option itself
         *([f"--preset-size={preset_size}"] if preset_size else []),
         *([f"--resume={resume}"] if resume else []),
         *(["--retry"] if retry else []),

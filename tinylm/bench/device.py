@@ -211,7 +211,7 @@ class Gpu:
         """Whether the global timer steps finely enough for stamps."""
         out = self.torch.zeros(1, dtype=self.torch.int64, device="cuda")
         self._kernel("timer_step", 1, 1, out)()
-        return out.item() <= FINE_TIMER_NS
+        return 0 < out.item() <= FINE_TIMER_NS  # -1: no step was seen
 
     def stamp(self) -> Stamp:
         """Queue a reading of the global timer on the current stream."""

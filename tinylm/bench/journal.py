@@ -31,6 +31,8 @@ Cell = dict[str, Any]
 # The run's `record.Record`, for what measures several cells at once: `settled(item)` says why a cell is not to be
 # measured, `start(item)` writes down that it is about to be.
 RECORD = pytest.StashKey[Any]()
+# The run's `profiling.Profiling`, where it takes profiles instead of timings.
+PROFILING = pytest.StashKey[Any]()
 
 SUFFIX = ".journal.jsonl"
 UNFINISHED = "the run ended while it was measured"

@@ -64,6 +64,14 @@ def sound(path: Path) -> bool:
     return True
 
 
+def has_timings(path: Path) -> bool:
+    """Whether this is a JSON file with measured cells."""
+    try:
+        return bool(results.load(path)["benchmarks"])
+    except BrokenFile:
+        return False
+
+
 def complete(status: int, partial: Path) -> str | None:
     """Why there is no sound file after pytest ended with this status; None where there is one."""
     if status not in (0, 1):  # 1: with failed cells

@@ -10,8 +10,8 @@ from typing import Any, Unpack
 
 import pytest
 
-from tinylm.bench import trial
-from tinylm.bench.journal import RECORD
+from tinylm.bench import leaves, trial
+from tinylm.bench.journal import PROFILING, RECORD
 from tinylm.bench.machine import Machine
 from tinylm.bench.proof import Case, CheckFailed, implausible
 from tinylm.bench.sampling import Samples
@@ -67,6 +67,7 @@ class Measure:
         if self._benchmark.disabled:
             self._once(case)
             return
+        self._profiled(lambda: case, work)
         with self._failing():
             (result,) = trial.take(self.machine, [case], work)
             assert isinstance(result, Result)
@@ -86,8 +87,9 @@ class Measure:
         if self._benchmark.disabled:
             self._once(build(own))
             return
+        self._profiled(lambda: build(own), work)
         groups = node.config.stash.setdefault(_GROUPS, {})
-        key = (node.path, node.originalname, *((k, v) for k, v in node.callspec.params.items() if k != axis))
+        key = (node.nodeid.partition("[")[0], *((k, v) for k, v in node.callspec.params.items() if k != axis))
         with self._failing():
             if key not in groups:
                 groups[key] = self._take_group(self._peers(axis), build, base, work)
@@ -103,6 +105,8 @@ class Measure:
             self._used = True
             self._benchmark.pedantic(lambda: None)
             return
+        if PROFILING in self._request.config.stash:
+            pytest.skip("--profile: these samples were taken elsewhere, so that there is nothing here to look into")
         with self._failing():
             if not seconds or not all(math.isfinite(s) and s >= 0 for s in seconds):
                 raise ValueError(f"samples {seconds!r}: expected at least one, finite and not negative")
@@ -116,9 +120,16 @@ class Measure:
         """Without timing (--benchmark-disable): the work and its check, once."""
         self._used = True
         args = case.inputs()
+        given = leaves.snapshot(args) if case.mutates else args
         result = self._benchmark.pedantic(case.fn, args=args)
         if case.check is not None:
-            case.check(result, *args)
+            case.check(result, *(args if result is None else given))
+
+    def _profiled(self, build: Callable[[], Case], work: Work) -> None:
+        """With --profile: record calls of the case instead of timing it, which ends the test."""
+        if (profiling := self._request.config.stash.get(PROFILING, None)) is not None:
+            with self._failing():
+                profiling.take(self._request.node, self.machine, build, work)
 
     def _peers(self, axis: str) -> dict[Any, pytest.Item]:
         """The tests that differ from this one in `axis` alone, by their value of it, and are to be measured."""
@@ -127,7 +138,7 @@ class Measure:
         own = {k: v for k, v in node.callspec.params.items() if k != axis}
         found = {}
         for item in node.session.items:
-            if (item.path, getattr(item, "originalname", None)) == (node.path, node.originalname):
+            if item.nodeid.partition("[")[0] == node.nodeid.partition("[")[0]:
                 params = dict(item.callspec.params)
                 value = params.pop(axis)
                 if params == own and not record.settled(item):

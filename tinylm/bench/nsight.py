@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,20 @@ def version() -> str | None:
     return next((line.removeprefix("Version ") for line in said.splitlines() if line.startswith("Version")), None)
 
 
-def run(arguments: list[str], program: list[str]) -> str:
-    """Run a program under Nsight Compute; what was printed. Raises Unavailable where it may not read counters."""
-    done = subprocess.run(
-        [command(), *OPTIONS, *arguments, *program], capture_output=True, text=True, env=os.environ, check=False
-    )
+def run(
+    arguments: Sequence[str],
+    program: Sequence[str],
+    options: Sequence[str] = OPTIONS,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> str:
+    """Run a program under Nsight Compute; what was printed. Raises Unavailable where it may not read counters.
+
+    environment: beside this process's. folder: to run in.
+    """
+    line = [command(), *options, *arguments, *program]
+    variables = os.environ | (environment or {})
+    done = subprocess.run(line, capture_output=True, text=True, env=variables, cwd=folder, check=False)
     said = done.stdout + done.stderr
     if "ERR_NVGPUCTRPERM" in said:
         raise Unavailable(

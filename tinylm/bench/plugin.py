@@ -8,36 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
-from tinylm.bench import journal, plan, supervisor, telemetry, timing
-from tinylm.bench.compare import fraction
-from tinylm.bench.machine import Machine
-from tinylm.bench.measure import Clock, Measure
+from tinylm.bench import journal, options, plan, supervisor, telemetry, timing
 from tinylm.bench.record import MEASURE, Record, measures
 from tinylm.bench.results import BrokenFile
 from tinylm.bench.wall import Wall, overhead
+
+if TYPE_CHECKING:  # this is part of every pytest session, also where nothing is measured
+    from tinylm.bench.machine import Machine
+    from tinylm.bench.measure import Clock, Measure
 
 # The smallest memory of a card, in GiB, for which a rung is chosen when none is given: below the nominal 40, 16 and 6,
 # of which the driver keeps a part.
 RUNG_MEMORY_GIB = {"datacenter": 36, "desktop": 14, "laptop": 5, "quick": 0}
 
-# option -> field of `timing.Limits`
-_LIMITS = {
-    **{name: name for name in ("min_samples", "max_samples", "clock_share", "threshold")},
-    "cell_seconds": "seconds",
-    "ci_width": "width",
-}
-
-_MACHINE = pytest.StashKey[Machine]()
-_CLOCK = pytest.StashKey[Clock]()
+_MACHINE: pytest.StashKey[Machine] = pytest.StashKey()
+_CLOCK: pytest.StashKey[Clock] = pytest.StashKey()
 _WALL = pytest.StashKey[Wall]()
 _TROUBLE = pytest.StashKey[list[str]]()
 _OVERRIDES = pytest.StashKey[Mapping[str, Sequence[Any]]]()
@@ -46,23 +38,18 @@ _OURS = pytest.StashKey[bool]()  # cells of this plugin were collected
 _SUPERVISED = pytest.StashKey[tuple[str | None, Path | None]]()  # its supervisor's token, the journal to resume
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("tinylm", "measuring (tinylm)")
-    group.addoption("--gpu-label", metavar="NAME", help="label of this run (default: from the device's name)")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
-    group.addoption("--preset-size", choices=plan.RUNGS, help="how large (default: from the device's memory)")
-    group.addoption("--min-samples", type=int, metavar="N", help="fewest samples of a cell")
-    group.addoption("--max-samples", type=int, metavar="N", help="most samples of a cell")
-    group.addoption("--cell-seconds", type=float, metavar="S", help="stop sampling a cell after this time")
-    group.addoption("--ci-width", type=fraction, metavar="W", help="stop once the median is known to this (0.5%%)")
-    group.addoption("--clock-share", type=fraction, metavar="W", help="repeat a block below this clock (75%%)")
-    group.addoption("--threshold", type=fraction, metavar="W", help="the least difference of peers (0.5%%; CPU: 2%%)")
-    group.addoption("--energy", action="store_true", help="measure joules too: some 5 s more for each cell")
-    group.addoption("--resume", metavar="FILE", type=Path, help="take over the finished cells of this JSON or journal")
-    group.addoption("--retry", action="store_true", help="with --resume: all but the measured cells once more")
-    group.addoption("--in-process", action="store_true", help="a cell that crashes ends the run, instead of a restart")
-    for axis in plan.AXES:
-        group.addoption(plan.option(axis), metavar="A,B", dest=f"axis_{axis}", help=f"these values of {axis} instead")
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    options.add(parser, options.OWN)
+    files = [Path(getattr(plugin, "__file__", None) or "").name for plugin in pluginmanager.get_plugins()]
+    if "conftest.py" in files:  # one of them names this plugin, so that the hook below is over
+        options.add(parser, options.COMMON)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None, object, object]:
+    result = yield
+    options.add(parser, options.COMMON)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,19 +64,21 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(rungs, choices, seconds): the cells of an experiment (tinylm)")
-    config.stash[_CLOCK] = Clock()
     config.stash[_WALL] = Wall()
     config.stash[_TROUBLE] = []
     config.stash[_KNOWN] = {}
     config.stash[_OURS] = False
     try:  # what can be refused without a look at the device is refused at once
-        telemetry.label({"type": "cpu"}, config.getoption("gpu_label"))
+        telemetry.label({"type": "cpu"}, options.given(config, "--gpu-label"))
         _limits(config, timing.CPU_LIMITS)
         config.stash[_OVERRIDES] = {
             axis: plan.parse_values(axis, text)
             for axis in plan.AXES
-            if (text := config.getoption(f"axis_{axis}")) is not None
+            if (text := options.given(config, plan.option(axis))) is not None
         }
+        if (profiling := _profiling(config)) is not None:
+            config.stash[journal.PROFILING] = profiling
+            config.pluginmanager.register(profiling, "tinylm-profiling")
         config.stash[journal.RECORD] = _record(config)
     except (telemetry.MachineError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
@@ -97,15 +86,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _limits(config: pytest.Config, default: timing.Limits) -> timing.Limits:
-    given = {field: value for name, field in _LIMITS.items() if (value := config.getoption(name)) is not None}
+    values = {field: options.given(config, name) for name, field in options.LIMITS.items()}
+    given = {field: value for field, value in values.items() if value is not None}
     low, high = given.get("min_samples"), given.get("max_samples")
     given.setdefault("min_samples", min(default.min_samples, high or default.min_samples))
     given.setdefault("max_samples", max(default.max_samples, low or default.max_samples))
     try:
         return dataclasses.replace(default, **given)
     except ValueError as error:
-        options = ", ".join("--" + name.replace("_", "-") for name in _LIMITS)
-        raise ValueError(f"{options}: {error}") from None
+        raise ValueError(f"{', '.join(options.LIMITS)}: {error}") from None
+
+
+def _profiling(config: pytest.Config) -> Any:
+    """What takes profiles instead of timings, where it is asked for. Raises ValueError."""
+    tool = options.given(config, "--profile")
+    if tool is None:
+        return None
+    if options.given(config, "--resume") is not None:
+        raise ValueError(f"--profile {tool}: not with --resume: what is there was timed")
+    from tinylm.bench.profiling import Profiling
+
+    return Profiling(config, tool)
 
 
 def _record(config: pytest.Config) -> Record:
@@ -113,7 +114,7 @@ def _record(config: pytest.Config) -> Record:
     path = journal.json_path(config)
     if path is not None:
         journal.check_writable(path)
-    given, retry = config.getoption("resume"), config.getoption("retry")
+    given, retry = options.given(config, "--resume"), options.given(config, "--retry")
     if retry and given is None:
         raise ValueError("--retry: expected --resume FILE with it, whose cells are to be measured once more")
     token, again = config.stash.get(_SUPERVISED, (None, None))
@@ -125,17 +126,22 @@ def _record(config: pytest.Config) -> Record:
         raise ValueError(f"--resume {error}") from None
     if config.getoption("benchmark_disable", False) or config.getoption("dist", "no") != "no":
         path = None  # nothing is measured
-    return Record(config, lambda: _machine(config), path and journal.beside(path.absolute()), resumed, retry, token)
+    path = path and journal.beside(path.absolute())
+    if (profiling := config.stash.get(journal.PROFILING, None)) and profiling.journal is not None:
+        path = profiling.journal  # this process was started for one cell
+    return Record(config, lambda: _machine(config), path, resumed, retry, token)
 
 
 def _machine(config: pytest.Config) -> Machine:
     """The machine of this run, looked at when the first benchmark needs it. Raises MachineError."""
     if _MACHINE not in config.stash:
-        device = telemetry.resolve_device(config.getoption("device"))
+        from tinylm.bench.machine import Machine
+
+        device = telemetry.resolve_device(options.given(config, "--device"))
         facts = telemetry.device_facts(device)
-        label = telemetry.label(facts, config.getoption("gpu_label"))
+        label = telemetry.label(facts, options.given(config, "--gpu-label"))
         limits = _limits(config, timing.GPU_LIMITS if device == "cuda" else timing.CPU_LIMITS)
-        energy, wall = config.getoption("energy"), config.stash[_WALL]
+        energy, wall = options.given(config, "--energy"), config.stash[_WALL]
         config.stash[_MACHINE] = Machine(device, facts, label, limits, energy, wall)
     return config.stash[_MACHINE]
 
@@ -174,7 +180,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def preset_size(config: pytest.Config) -> str:
     """The rung of this run: as given, else from the memory of the card; `quick` on a CPU."""
     machine = _machine(config)
-    given = config.getoption("preset_size")
+    given = options.given(config, "--preset-size")
     if given or machine.device == "cpu":
         return given or "quick"
     gib = machine.facts["memory_bytes"] / 2**30
@@ -197,12 +203,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if unknown:
             expected = ", ".join(dict.fromkeys(map(str, known or [])))
             trouble.append(f"{plan.option(axis)} {unknown[0]!r}: expected some of {expected}")
+    profiling = config.stash.get(journal.PROFILING, None)
+    if ours and not trouble and profiling is not None:
+        trouble += filter(None, [profiling.refusal(_machine(config))])
     if trouble:
         raise pytest.UsageError(trouble[0])
+    if ours:
+        from tinylm.bench.measure import Clock
+
+        config.stash[_CLOCK] = Clock()
     for item in ours:
         present = item.get_closest_marker("benchmark")  # markers do not merge: the closest wins whole
-        options = {"group": _group(item)} | dict(present.kwargs if present else {}) | {"timer": config.stash[_CLOCK]}
-        item.add_marker(pytest.mark.benchmark(**options), append=False)
+        marked = {"group": _group(item)} | dict(present.kwargs if present else {}) | {"timer": config.stash[_CLOCK]}
+        item.add_marker(pytest.mark.benchmark(**marked), append=False)
         # Where a suite turns warnings into errors, a library's deprecation must not keep a backend from being measured.
         item.add_marker(pytest.mark.filterwarnings("default"))
 
@@ -219,14 +232,16 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     if config.stash[_TROUBLE] or not ours:
         return []
     # From the start of the process: the interpreter, torch, the benchmarks.
-    config.stash[_WALL].seconds["import"] = time.time() - psutil.Process().create_time()
+    config.stash[_WALL].seconds["import"] = telemetry.running_s()
     machine, record = _machine(config), config.stash[journal.RECORD]
     files: dict[str, list[float]] = defaultdict(list)
     for item in ours:
         marker = item.get_closest_marker("cells")
         seconds = marker.kwargs["seconds"].get(machine.device, 0.0) if marker else 0.0
         files[item.path.name].append(0.0 if record.settled(item) else seconds)
-    usual = not config.stash[_OVERRIDES] and all(config.getoption(name) is None for name in _LIMITS)
+    usual = not (config.stash[_OVERRIDES] or journal.PROFILING in config.stash) and all(
+        options.given(config, name) is None for name in options.LIMITS
+    )
     lines = [f"tinylm: label {machine.label}, {machine.facts['name']}, size {preset_size(config)}"]
     for name, seconds_each in files.items():
         total = sum(seconds_each)
@@ -247,6 +262,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Measure]:
     """Times what it is handed, once per test; see `tinylm.bench.measure.Measure`."""
+    from tinylm.bench.measure import Measure
+
     config = request.config
     fixture = Measure(benchmark, _machine(config), config.stash[_CLOCK], request)
     request.node.stash[MEASURE] = fixture
@@ -257,10 +274,8 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Measure]
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Only what stays the same from run to run, so that compare does not warn of a difference that is none."""
-    for live in ("hz_actual", "hz_actual_friendly"):
-        machine_info.get("cpu", {}).pop(live, None)
     # A suite that uses nothing of ours is not to import torch for it.
-    if config.stash[_OURS] or config.getoption("gpu_label"):
+    if config.stash[_OURS] or options.given(config, "--gpu-label"):
         _add_machine(config, machine_info)
 
 
@@ -279,14 +294,16 @@ def _add_machine(config: pytest.Config, machine_info: dict[str, Any]) -> None:
         machine = _machine(config)
     except telemetry.MachineError:
         return  # if a benchmark of ours is collected, the run stops there
+    for live in ("hz_actual", "hz_actual_friendly"):
+        machine_info.get("cpu", {}).pop(live, None)
     machine_info["label"], machine_info["device"] = machine.label, machine.facts
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Where the time went, in one line."""
-    if not config.stash[_OURS]:
+    if not config.stash[_OURS] or journal.PROFILING in config.stash:
         return
-    spent = config.stash[_WALL].account(time.time() - psutil.Process().create_time())
+    spent = config.stash[_WALL].account(telemetry.running_s())
     told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
     besides = overhead(spent)
     rest = "" if besides is None else f"; besides work and flush {besides:.1%} of the time after preparation"

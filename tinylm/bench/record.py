@@ -14,21 +14,22 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
-from tinylm.bench import isolated, journal, plan
+from tinylm.bench import journal, launch, plan, telemetry
 from tinylm.bench.journal import Cell, History
-from tinylm.bench.machine import Machine
-from tinylm.bench.measure import Measure
+
+if TYPE_CHECKING:  # this is part of every pytest session, also where nothing is measured
+    from tinylm.bench.machine import Machine
+    from tinylm.bench.measure import Measure
 
 # Memory that torch keeps after a cell is given back from this share of the card's on.
 CACHED_SHARE = 0.5
 
-MEASURE = pytest.StashKey[Measure]()
-_KNOWN = pytest.StashKey[dict[str, Any]]()  # extra_info that the benchmark does not give itself
+MEASURE: pytest.StashKey[Measure] = pytest.StashKey()
+KNOWN = pytest.StashKey[dict[str, Any]]()  # extra_info that the benchmark does not give itself
 _FACTS = ("machine_info", "commit_info")  # of pytest-benchmark's JSON
 
 
@@ -146,7 +147,7 @@ class Record:
         if before is not None and before["outcome"] == "failed":
             pytest.fail(f"in an earlier process: {before.get('reason')}", pytrace=False)
         if measures(item) and (before is None or before["outcome"] == "skipped") and (reason := self.settled(item)):
-            item.stash[_KNOWN] = {"larger_than": self._smaller(item)}
+            item.stash[KNOWN] = {"larger_than": self._smaller(item)}
             pytest.skip(reason)
         return (yield from self._out_of_memory(item))
 
@@ -158,9 +159,11 @@ class Record:
         try:
             return (yield)
         except Exception as error:
+            from tinylm.bench import isolated
+
             if not (measures(item) and isolated.is_out_of_memory(error)):
                 raise
-            item.stash[_KNOWN] = {"out_of_memory": True}
+            item.stash[KNOWN] = {"out_of_memory": True}
             reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         pytest.skip(reason)  # outside the handler, so that the frames which hold the memory are gone
 
@@ -214,7 +217,7 @@ class Record:
 
     def _finish(self, item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo[None]) -> None:
         fixture = item.stash.get(MEASURE, None)
-        extra = (dict(fixture.extra_info) if fixture else {}) | item.stash.get(_KNOWN, {})
+        extra = (dict(fixture.extra_info) if fixture else {}) | item.stash.get(KNOWN, {})
         outcome = {"passed": "measured"}.get(report.outcome, report.outcome)
         cell = {"fullname": item.nodeid, **_names(item), "outcome": outcome, "extra_info": extra}
         if report.passed:
@@ -286,6 +289,8 @@ class Record:
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         """Adds skipped and failed cells, and those of the resumed file that this process did not come to."""
+        if not (self._cells or self.finished):
+            return  # a suite that has no cells of ours
         rest = [cell for name, cell in self.finished.items() if name not in self._cells]
         output_json["benchmarks"] += [journal.benchmark(cell) for cell in rest if cell["outcome"] == "measured"]
         for outcome in ("skipped", "failed"):
@@ -294,11 +299,19 @@ class Record:
             before = self.resumed.null_reasons if self.resumed else {}
             output_json["null_reasons"] = before | self._machine().null_reasons
             # Of this process: of a run that was resumed, the last part.
-            output_json["wall_s"] = self._machine().wall.account(time.time() - psutil.Process().create_time())
+            output_json["wall_s"] = self._machine().wall.account(telemetry.running_s())
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if self._begun:  # pytest-benchmark has written its file by now: it does so around this hook
-            self._append({"end": journal.now(), "status": int(exitstatus), "poisoned": self.poisoned})
+        if self._path is None or not self._begun:
+            return
+        # pytest-benchmark has written its file by now: it does so around this hook.
+        self._append({"end": journal.now(), "status": int(exitstatus), "poisoned": self.poisoned})
+        document = journal.json_path(self._config)
+        measured = any(cell["outcome"] == "measured" for cell in (self.finished | self._cells).values())
+        if measured or exitstatus not in (0, 1) or document is None or launch.has_timings(document):
+            return
+        if journal.beside(document.absolute()) == self._path:  # else it is of another run, which started this one
+            launch.write(journal.read(self._path), document)  # pytest-benchmark writes none where nothing was measured
 
 
 def _params(item: pytest.Item) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def context(
     documents: sections.Documents, calibrations: Mapping[str, Mapping[str, Any]], broken: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the template shows, all of it plain data; `data` is what the scripts get."""
-    rows = [row for run, document in documents for row in results.rows_of(dict(document), run)]
+    rows = results.current([row for run, document in documents for row in results.rows_of(dict(document), run)])
     lines, table = sheet.lines(rows), results.frame(rows)
     labels = sorted({row["label"] for row in rows})
     labels += sorted({run["label"] for run, _ in documents} | calibrations.keys() - set(labels) - {""})

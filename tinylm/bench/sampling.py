@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tinylm.bench import stats
@@ -23,8 +24,10 @@ from tinylm.bench.watch import Block, Watch
 
 _now = time.perf_counter
 
-# Fewest blocks of an interval: its width is otherwise luck.
-MIN_BLOCKS = 5
+# Fewest blocks of an interval: its width is otherwise luck. Of peers, whose ratios come with a bootstrap's interval.
+MIN_BLOCKS, MIN_ROUNDS = 5, 8
+# Most samples of a block: so many fit between two looks at the device.
+MOST_SAMPLES = 1000
 # A block takes at most this share of a cell's time, and of its samples, so that there are enough of them.
 BLOCK_SHARE = 1 / 20
 # Pauses before a block is taken again because the clock was low; no more than these for one sampler.
@@ -43,6 +46,7 @@ class Samples:
     flagged: list[tuple[Block, bool]] = field(default_factory=list)
     calls: int = 1
     queued: str | None = None
+    failure: Exception | None = None  # that ended it
 
     @property
     def seconds(self) -> list[float]:
@@ -91,17 +95,32 @@ def collect(
     if not samplers:
         return taken
     with _collector_off():
+        count, active = MOST_SAMPLES, list(range(len(samplers)))
+
+        def attempt(i: int, step: Callable[[], Any]) -> Any:
+            """One sampler's step; what fails drops out, and the others go on."""
+            try:
+                return step()
+            except Exception as trouble:
+                if len(samplers) == 1:
+                    raise
+                taken[i].failure = trouble
+                active.remove(i)
+                return None
+
         with wall.phase("warm-up"):
-            # As many samples of each, so that the medians of a round are comparable.
-            count = min(_block_samples(warm(sampler, limits), limits) for sampler in samplers)
+            for i in list(active):
+                if (period := attempt(i, partial(warm, samplers[i], limits))) is not None:
+                    # As many samples of each, so that the medians of a round are comparable.
+                    count = min(count, _block_samples(period, limits))
         deadline = _now() + limits.seconds * len(samplers)
         reason = ""
-        while not reason:
-            for i in order.sample(range(len(samplers)), len(samplers)):
+        while active and not reason:
+            for i in order.sample(active, len(active)):
                 left = limits.max_samples - len(taken[i].seconds)
-                _take(samplers[i], min(count, left), taken[i], limits, watch, wall, sleep)
+                attempt(i, partial(_take, samplers[i], min(count, left), taken[i], limits, watch, wall, sleep))
             with wall.phase("statistics"):
-                reason = _stop(taken, limits, deadline)
+                reason = _stop([taken[i] for i in active], limits, deadline) if active else ""
     for samples in taken:
         samples.stop_reason = reason
     return taken
@@ -117,7 +136,7 @@ def _stop(taken: list[Samples], limits: Limits, deadline: float) -> str:
     fewest = min(len(samples.seconds) for samples in taken)
     if fewest >= limits.max_samples:
         return "samples"
-    if fewest < limits.min_samples:
+    if fewest < limits.min_samples or (len(taken) > 1 and len(taken[0].blocks) < MIN_ROUNDS):
         return ""
     widths = [samples.width for samples in taken]
     first = taken[0].medians

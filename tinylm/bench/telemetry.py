@@ -11,11 +11,10 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
-
-import psutil
 
 LABEL = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 # Words of a device's name that tell two cards apart in no case.
@@ -187,6 +186,8 @@ def _cuda_trouble(torch: Any) -> str | None:
 
 def device_facts(device: str) -> dict[str, Any]:
     """Facts about `cpu` or `cuda` that stay the same from run to run; None where the machine does not tell."""
+    import psutil
+
     facts: dict[str, Any] = {
         "type": device,
         "name": _cpu_name(),
@@ -232,12 +233,23 @@ def _cpu_name() -> str:
 
 
 def _on_battery() -> bool | None:
+    import psutil
+
     battery = getattr(psutil, "sensors_battery", lambda: None)()
     return None if battery is None or battery.power_plugged is None else not battery.power_plugged
 
 
+def running_s() -> float:
+    """How long this process has been there."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now."""
+    import psutil
+
     return psutil.Process().memory_info().rss
 
 
@@ -246,6 +258,8 @@ def peak_resident_bytes() -> int:
     try:
         import resource
     except ImportError:  # Windows
+        import psutil
+
         return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -235,7 +235,7 @@ def _captured(body: Work, device: Any) -> Any:
 
 def held(work: Work, device: Any, queued: str = "stream") -> Sampler:
     """One call after a flush, queued behind a blocking kernel, between stamps, or events where the timer is coarse."""
-    torch = device.torch
+    torch, fine = device.torch, device.fine_timer  # looked at now: finding it out waits for the stream
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     device.forget_stamps()
@@ -243,9 +243,9 @@ def held(work: Work, device: Any, queued: str = "stream") -> Sampler:
     def one(meanwhile: Meanwhile | None) -> float:
         device.flush()
         with device.held() as hold:
-            device.start_stamp() if device.fine_timer else start.record()
+            device.start_stamp() if fine else start.record()
             work()
-            device.end_stamp() if device.fine_timer else end.record()
+            device.end_stamp() if fine else end.record()
         if meanwhile is not None:
             meanwhile()
         torch.cuda.current_stream().synchronize()
@@ -255,7 +255,7 @@ def held(work: Work, device: Any, queued: str = "stream") -> Sampler:
                 f"the work was not queued within {hold.limit_s * 1e3:.0f} ms (does it synchronize with the host?): "
                 "time it with timing='host'"
             )
-        return device.stamped(1)[0] if device.fine_timer else start.elapsed_time(end) * 1e-3
+        return device.stamped(1)[0] if fine else start.elapsed_time(end) * 1e-3
 
     def take(count: int, meanwhile: Meanwhile) -> list[float]:
         return [one(meanwhile if i == count - 1 else None) for i in range(count)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,7 +14,7 @@ from typing import Any, TypedDict
 import pytest
 
 from tinylm.bench import leaves, memory, sampling, stats, timing, watch
-from tinylm.bench.device import Gpu
+from tinylm.bench.device import DeviceError, Gpu
 from tinylm.bench.machine import Machine
 from tinylm.bench.proof import Case, CheckFailed, Proof
 from tinylm.bench.sampling import Samples
@@ -78,11 +80,8 @@ def take(machine: Machine, cases: list[Case], work: Work, held: Sequence[int] = 
 
     held: bytes of the device's memory that each case has taken already.
     """
-    wall = machine.wall
-    mode = "host" if machine.device == "cpu" else work.get("timing") or "cold"
-    units, sync = work.get("units", 1), work.get("sync")
-    if mode == "host" and sync is None and machine.gpu is not None:
-        sync = machine.gpu.torch.cuda.synchronize
+    wall, units = machine.wall, work.get("units", 1)
+    mode, sync = mode_of(machine, work)
     with wall.phase("warm-up"):
         watching = machine.watch
     runs: list[_Run | None] = []
@@ -93,13 +92,14 @@ def take(machine: Machine, cases: list[Case], work: Work, held: Sequence[int] = 
         try:
             return step() if i not in failures else None
         except (Exception, pytest.skip.Exception) as trouble:
-            if len(cases) == 1:
+            if len(cases) == 1 or _is_lost(machine.gpu):
                 raise
+            traceback.clear_frames(trouble.__traceback__)  # they hold the memory that the others need
             failures[i] = trouble
             return None
 
     with machine.stream():
-        runs = [attempt(i, partial(_prove, machine, case, mode, sync)) for i, case in enumerate(cases)]
+        runs = [attempt(i, partial(prove, machine, case, mode, sync)) for i, case in enumerate(cases)]
         for run, taken_before in zip(runs, held, strict=False):
             if run is not None:
                 run.bytes += taken_before
@@ -109,8 +109,18 @@ def take(machine: Machine, cases: list[Case], work: Work, held: Sequence[int] = 
                 peers = sum(peer.bytes for peer in runs if peer is not None and peer is not run)
                 attempt(i, partial(_equip, machine, run, mode, sync, peers))
         ready = {i: run for i, run in enumerate(runs) if run is not None and i not in failures}
+        if len({run.sampler.queued for run in ready.values() if run.sampler is not None}) > 1:
+            # What is compared reaches the device in the same way: a launch from the stream takes longer.
+            for i, run in ready.items():
+                if run.sampler is not None and run.sampler.queued == "graph":
+                    attempt(i, partial(_hold, machine, run))
+            ready = {i: run for i, run in ready.items() if i not in failures}
         samplers = [run.sampler for run in ready.values() if run.sampler is not None]
-        taken = sampling.collect(samplers, machine.limits, watching, wall)
+        seed = random.randrange(1 << 32)
+        taken = sampling.collect(samplers, machine.limits, watching, wall, seed)
+        for i, samples in zip(ready, taken, strict=True):
+            if samples.failure is not None:
+                failures[i] = samples.failure
         with wall.phase("check"):
             _still_shared(ready, failures)
         for (i, run), samples in zip(ready.items(), taken, strict=True):
@@ -119,12 +129,21 @@ def take(machine: Machine, cases: list[Case], work: Work, held: Sequence[int] = 
     return [failures[i] if i in failures else _result(run) for i, run in enumerate(runs)]
 
 
+def mode_of(machine: Machine, work: Work) -> tuple[str, Callable[[], Any] | None]:
+    """How the work is timed, and what waits for it."""
+    mode, sync = "host" if machine.device == "cpu" else work.get("timing") or "cold", work.get("sync")
+    if mode == "host" and sync is None and machine.gpu is not None:
+        sync = machine.gpu.torch.cuda.synchronize
+    return mode, sync
+
+
 def _result(run: _Run | None) -> Result:
     assert run is not None
     return run.result
 
 
-def _prove(machine: Machine, case: Case, mode: str, sync: Callable[[], Any] | None) -> _Run:
+def prove(machine: Machine, case: Case, mode: str, sync: Callable[[], Any] | None) -> _Run:
+    """The case with the arguments that are to be timed, its wall time counted."""
     wall, gpu = machine.wall, machine.gpu
     before = allocated(gpu)
     first = True
@@ -167,7 +186,7 @@ def _equip(machine: Machine, run: _Run, mode: str, sync: Callable[[], Any] | Non
     if gpu is not None:
         gpu.torch.cuda.reset_peak_memory_stats()
     with machine.wall.phase("warm-up"):
-        run.work = _bind(run.fn, run.args)
+        run.work = bind(run.fn, run.args)
         run.sampler = timing.sampler(mode, run.work, gpu, sync, run.proof.call_s)
         if run.sampler.queued == "stream":
             run.sampler.take(1, lambda: None)  # what it cannot time, it refuses here
@@ -175,6 +194,24 @@ def _equip(machine: Machine, run: _Run, mode: str, sync: Callable[[], Any] | Non
         run.result.extra["peak_allocated_bytes"] = gpu.torch.cuda.max_memory_allocated() - gpu.own_bytes - peers
     if run.sampler.queued is not None:
         run.result.extra["queued"] = run.sampler.queued
+
+
+def _hold(machine: Machine, run: _Run) -> None:
+    assert machine.gpu is not None
+    with machine.wall.phase("warm-up"):
+        run.sampler = timing.held(run.work, machine.gpu)
+        run.sampler.take(1, lambda: None)
+    run.result.extra["queued"] = run.sampler.queued
+
+
+def _is_lost(gpu: Gpu | None) -> bool:
+    """Whether the CUDA context is: every peer would then fail, and would be blamed for it."""
+    try:
+        if gpu is not None:
+            gpu.drain()
+    except DeviceError:
+        return True
+    return False
 
 
 def _still_shared(ready: dict[int, _Run], failures: dict[int, BaseException]) -> None:
@@ -216,7 +253,7 @@ def _energy(machine: Machine, run: _Run, units: int, tokens: float | None) -> di
     calls = batch(machine, run.work, run.result.samples.median * units)
     found = watch.energy(*calls, lambda: machine.nvml.read("energy_j"))
     if found is None:
-        return {"energy_j": None}
+        return {"energy_j": None} | ({"energy_per_token_j": None} if tokens else {})
     joules = found.joules / found.calls / units
     extra = {"energy_j": joules, "energy_window_s": found.seconds, "power_w": found.joules / found.seconds}
     return extra | ({"energy_per_token_j": joules / tokens} if tokens else {})
@@ -245,7 +282,7 @@ def batch(machine: Machine, work: timing.Work, seconds: float) -> tuple[timing.W
     return run, count
 
 
-def _bind(fn: Callable[..., Any], args: tuple[Any, ...]) -> timing.Work:
+def bind(fn: Callable[..., Any], args: tuple[Any, ...]) -> timing.Work:
     return (lambda: fn(*args)) if args else fn
 
 
