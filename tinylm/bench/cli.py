@@ -220,7 +220,7 @@ def calibrate(
     only: Annotated[list[str] | None, typer.Option(help="modes, repeatability, pairs or energy (repeatable)")] = None,
     processes: Annotated[int, typer.Option(min=2, help="fresh processes to compare")] = 10,
     pairs: Annotated[int, typer.Option(min=1, help="pairs of identical code; a fifth as many of slower")] = 1000,
-    threshold: Annotated[str | None, typer.Option(help="of the pairs' verdicts [default: 0.5%; CPU: 5%]")] = None,
+    threshold: Annotated[str | None, typer.Option(help="of the pairs' verdicts [default: 0.5%; CPU: 3%]")] = None,
 ) -> None:
     """Measure how far the figures of this machine can be trusted, against Nsight Compute where it is found."""
     from tinylm.bench import calibrate as calibration
