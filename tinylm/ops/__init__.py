@@ -11,21 +11,53 @@ from typing import Any
 
 import torch
 
+from tinylm.ops import rmsnorm_cuda  # the module, which a function of its own name must not hide
 from tinylm.ops.linear import Linear, linear_reference, linear_torch
-from tinylm.ops.rmsnorm import compiled_rmsnorm, rmsnorm_eager, rmsnorm_reference, rmsnorm_torch
+from tinylm.ops.rmsnorm import (
+    add_rmsnorm_eager,
+    add_rmsnorm_reference,
+    add_rmsnorm_torch,
+    compiled_add_rmsnorm,
+    compiled_rmsnorm,
+    rmsnorm_eager,
+    rmsnorm_reference,
+    rmsnorm_torch,
+)
+from tinylm.ops.rmsnorm_liger import add_rmsnorm_liger, rmsnorm_liger
 
 __all__ = ["DEFAULTS", "EXAMPLES", "OPS", "REFERENCES", "Linear", "doctor", "get", "probe"]
 
 OPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "rmsnorm": {"eager": rmsnorm_eager, "torch": rmsnorm_torch, "compile": compiled_rmsnorm()},
+    "rmsnorm": {
+        "eager": rmsnorm_eager,
+        "torch": rmsnorm_torch,
+        "compile": compiled_rmsnorm(),
+        "cuda": rmsnorm_cuda.rmsnorm_cuda,
+        "liger": rmsnorm_liger,
+    },
+    "add_rmsnorm": {
+        "eager": add_rmsnorm_eager,
+        "torch": add_rmsnorm_torch,
+        "compile": compiled_add_rmsnorm(),
+        "cuda": rmsnorm_cuda.add_rmsnorm_cuda,
+        "liger": add_rmsnorm_liger,
+    },
     "linear": {"torch": linear_torch},
 }
-DEFAULTS: dict[str, str] = {"rmsnorm": "torch", "linear": "torch"}
-REFERENCES: dict[str, Callable[..., Any]] = {"rmsnorm": rmsnorm_reference, "linear": linear_reference}
+DEFAULTS: dict[str, str] = {"rmsnorm": "torch", "add_rmsnorm": "torch", "linear": "torch"}
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "rmsnorm": rmsnorm_reference,
+    "add_rmsnorm": add_rmsnorm_reference,
+    "linear": linear_reference,
+}
 
 
 def _rmsnorm_example(**to: Any) -> tuple[Any, ...]:
     return torch.randn(4, 64, **to), torch.randn(64, **to), 1e-5
+
+
+def _add_rmsnorm_example(**to: Any) -> tuple[Any, ...]:
+    return torch.randn(4, 64, **to), *_rmsnorm_example(**to)
 
 
 def _linear_example(**to: Any) -> tuple[Any, ...]:
@@ -35,11 +67,17 @@ def _linear_example(**to: Any) -> tuple[Any, ...]:
 # Small arguments for each op, made with the keywords of torch.randn.
 EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "rmsnorm": _rmsnorm_example,
+    "add_rmsnorm": _add_rmsnorm_example,
     "linear": _linear_example,
 }
 
 # A word in the reason why a backend cannot run -> what to do about it.
 REMEDIES: dict[str, str] = {
+    "native ops do not compile": "read the log that the reason names; update the compiler, or use another backend",
+    "torch_cuda_arch_list": "unset TORCH_CUDA_ARCH_LIST, or set it to the card's compute capability",
+    "nvcc": "install the CUDA toolkit of torch's CUDA version and set CUDA_HOME, or use another backend",
+    "ninja": "pip install ninja, or use another backend",
+    "liger": "pip install liger-kernel where there is an NVIDIA GPU, or use another backend",
     "triton": "pip install triton (triton-windows on Windows), or use another backend",
     "compiler": "install a C++ compiler (Debian and Ubuntu: apt install g++), or use another backend",
     "python.h": "install Python's headers (Debian and Ubuntu: apt install python3-dev)",
@@ -72,7 +110,9 @@ def _probe(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             arguments = EXAMPLES[op](device=device, dtype=dtype)
             tensors = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
-            get(op, backend)(*arguments).sum().backward()
+            outputs = get(op, backend)(*arguments)
+            # Of an op with several outputs, the first carries the gradient of all that went in.
+            (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
             finite = all(bool(t.grad.isfinite().all()) for t in tensors if t.grad is not None)
         return None if finite else f"{backend} {op} gave gradients that are not finite on {device} in {dtype}"
     except Exception as error:  # whatever stops a backend is a reason to report, never a crash of the suite

@@ -2,19 +2,22 @@
 dim.
 
 Every backend is a callable `(x [..., hidden], weight [hidden], eps) -> y like x` that computes in fp32 (fp64
-for fp64 input) and rounds once, on output.
+for fp64 input) and rounds once, on output. One of add_rmsnorm is `(x, residual, weight, eps) -> (y, new_residual)`:
+new_residual = x + residual, rounded to their dtype, and y = rmsnorm(new_residual).
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RMSNorm = Callable[[Tensor, Tensor, float], Tensor]
+AddRMSNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def rmsnorm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,6 +38,24 @@ def rmsnorm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The specification: the sum rounded to the inputs' dtype, and returned in it; its RMSNorm in fp64."""
+    new_residual = x + residual
+    return rmsnorm_reference(new_residual, weight, eps), new_residual
+
+
+def add_rmsnorm_eager(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The unfused compose, a kernel per operation."""
+    new_residual = x + residual
+    return rmsnorm_eager(new_residual, weight, eps), new_residual
+
+
+def add_rmsnorm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """An addition and `torch.nn.functional.rms_norm`."""
+    new_residual = x + residual
+    return rmsnorm_torch(new_residual, weight, eps), new_residual
+
+
 def compiled_rmsnorm(backend: str | Callable[..., object] = "inductor") -> RMSNorm:
     """RMSNorm through `torch.compile(fullgraph=True, dynamic=False)`; nothing is compiled before the first
     call.
@@ -42,17 +63,38 @@ def compiled_rmsnorm(backend: str | Callable[..., object] = "inductor") -> RMSNo
     Each shape, dtype and device gets a compiled function of its own, so a loop over many shapes (such as
     decode without a cache, which grows by a token a step) compiles once for each.
     """
-    compiled: dict[tuple[object, ...], RMSNorm] = {}
+    compile_for = _compiler(backend)
 
     def rmsnorm_compile(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if torch.compiler.is_compiling():  # an outer torch.compile fuses it by itself
             return rmsnorm_eager(x, weight, eps)
-        key = (x.shape, x.dtype, x.device, weight.dtype)
+        return compile_for(rmsnorm_eager, x.shape, x.dtype, x.device, weight.dtype)(x, weight, eps)
+
+    return rmsnorm_compile
+
+
+def compiled_add_rmsnorm(backend: str | Callable[..., object] = "inductor") -> AddRMSNorm:
+    """The addition and RMSNorm in one, as `compiled_rmsnorm`."""
+    compile_for = _compiler(backend)
+
+    def add_rmsnorm_compile(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return add_rmsnorm_eager(x, residual, weight, eps)
+        key = x.shape, x.dtype, x.device, residual.shape, residual.dtype, weight.dtype
+        return compile_for(add_rmsnorm_eager, *key)(x, residual, weight, eps)
+
+    return add_rmsnorm_compile
+
+
+def _compiler(backend: str | Callable[..., object]) -> Callable[..., Callable[..., Any]]:
+    compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def compile_for(function: Any, *key: object) -> Callable[..., Any]:
         if key not in compiled:
             # Dynamo counts recompilations per code object and stops compiling at 8: a copy of the code has a
             # count of its own, so no shape is ever left uncompiled.
-            fresh = types.FunctionType(rmsnorm_eager.__code__.replace(), rmsnorm_eager.__globals__)
+            fresh = types.FunctionType(function.__code__.replace(), function.__globals__)
             compiled[key] = torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend)
-        return compiled[key](x, weight, eps)
+        return compiled[key]
 
-    return rmsnorm_compile
+    return compile_for
