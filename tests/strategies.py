@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tinylm.config import ModelConfig, RopeScaling
 
@@ -52,3 +57,175 @@ def splits(draw: st.DrawFn, total: int) -> list[int]:
     """Positive whole numbers that sum to `total`."""
     cuts = sorted(draw(st.sets(st.integers(1, total - 1)))) if total > 1 else []
     return [stop - start for start, stop in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+# --- RMSNorm ---------------------------------------------------------------------------------------------------------
+
+# Models' own sizes, and what lies around the widths that kernels switch at.
+HIDDEN = sorted(
+    {1000, 1001, 3072, 4095, 4096, 5120, 11008, 14336, 16384, 32768, 50257, 65536, 70000}
+    | {size for power in range(17) for size in (2**power - 1, 2**power, 2**power + 1) if size}
+    | {8 * k + d for k in (1, 3, 5, 33, 125, 1250) for d in (-1, 0, 1)}
+)
+HALF = (torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "sliced", "transposed", "gapped", "expanded")
+TAME = ("normal", "small", "constant", "spike", "zero", "denormal", "large")
+WILD = ("overflow", "inf", "nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies: `layout` of its rows, `offset` elements into its storage."""
+
+    layout: str = "contiguous"
+    offset: int = 0
+
+    def place(self, values: Tensor) -> Tensor:
+        """A tensor with these values (expanded: the first row's), amid NaN."""
+        *lead, hidden = values.shape
+        shape, order = list(values.shape), list(range(values.dim()))
+        if self.layout == "transposed":
+            order = [*reversed(range(len(lead))), len(lead)]
+        if self.layout == "expanded":
+            shape = [1] * len(lead) + [hidden]
+        stored = [shape[i] for i in order]
+        if self.layout == "sliced":  # the middle of a fused projection's output
+            stored[-1] = 2 * hidden + 3
+        if self.layout == "gapped":
+            stored[-1] = 2 * hidden
+        # Seven more behind the end, for what reads whole vectors.
+        storage = torch.full((self.offset + math.prod(stored) + 7,), math.nan, dtype=values.dtype, device=values.device)
+        tensor = storage[self.offset : self.offset + math.prod(stored)].view(stored)
+        if self.layout == "sliced":
+            tensor = tensor[..., hidden // 2 + 1 :][..., :hidden]
+        if self.layout == "gapped":
+            tensor = tensor[..., ::2]
+        tensor = tensor.permute(order)  # the reversal of leading dims is its own inverse
+        if self.layout != "expanded":
+            return tensor.copy_(values)
+        if math.prod(lead):
+            tensor.copy_(values.reshape(-1, hidden)[0].expand(shape))
+        return tensor.expand(values.shape)
+
+
+class Inputs(NamedTuple):
+    """x, residual, dy, dsum (gradient of new_residual) [..., hidden]; weight [hidden]."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    dy: Tensor
+    dsum: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+    """A call of RMSNorm, small to print; `inputs` makes its tensors."""
+
+    lead: tuple[int, ...]
+    hidden: int
+    dtype: torch.dtype = torch.float32
+    wide_weight: bool = False  # the weight in fp32 whatever x is
+    eps: float = 1e-6
+    magnitude: str = "normal"
+    x: Placed = Placed()
+    residual: Placed = Placed()
+    dy: Placed = Placed()
+    weight: Placed = Placed()
+    seed: int = 0
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.lead)
+
+    def inputs(self, device: str) -> Inputs:
+        draw = torch.Generator().manual_seed(self.seed)
+        shape = (*self.lead, self.hidden)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=draw, dtype=torch.float64)
+
+        def rows() -> Tensor:
+            if self.magnitude != "mixed":
+                return sized(self.magnitude, normal(self.rows, self.hidden), self.dtype)
+            kinds = torch.randint(len(TAME + WILD), (self.rows,), generator=draw).tolist()
+            each = [sized((TAME + WILD)[kind], normal(1, self.hidden), self.dtype) for kind in kinds]
+            return torch.cat([*each, normal(0, self.hidden)])
+
+        def placed(values: Tensor, where: Placed) -> Tensor:
+            return where.place(values.to(self.dtype).reshape(shape).to(device))
+
+        x, residual = placed(rows(), self.x), placed(rows(), self.residual)
+        weight = normal(self.hidden).to(torch.float32 if self.wide_weight else self.dtype).to(device)
+        dy, dsum = placed(normal(*shape), self.dy), placed(normal(*shape), self.residual)
+        return Inputs(x, residual, self.weight.place(weight), dy, dsum)
+
+
+def sized(magnitude: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normal `values` [rows, hidden] turned into rows of a magnitude; still fp64, the dtype decides what is large."""
+    huge = {torch.float16: 1e4, torch.float64: 1e120}.get(dtype, 1e16)  # 70,000 of its squares fit the accumulator
+    match magnitude:
+        case "normal":
+            return values
+        case "small":  # eps counts
+            return values * 1e-4
+        case "constant":
+            return values[:, :1].expand_as(values)
+        case "spike":
+            return torch.where(torch.arange(values.shape[1]) == values.shape[1] // 2, values * 1000, values)
+        case "zero":
+            return values * 0
+        case "denormal":
+            return values * (torch.finfo(dtype).tiny / 8)
+        case "large":
+            return values.clamp(-5, 5) * huge
+        case "overflow":  # of the squares; fp16 has none such
+            return values * {torch.float16: 1e4, torch.float64: 1e200}.get(dtype, 1e22)
+    columns = torch.arange(values.shape[1])
+    return torch.where(columns == values.shape[1] - 1, math.nan if magnitude == "nan" else -math.inf, values)
+
+
+placements = st.builds(Placed, st.sampled_from(LAYOUTS), st.integers(0, 7))
+
+
+@st.composite
+def norm_cases(
+    draw: st.DrawFn,
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32, *HALF, torch.float64),
+    magnitudes: Sequence[str] = TAME,
+    elements: int = 1 << 15,
+    rows: int = 6000,
+    **fixed: Any,
+) -> NormCase:
+    """Calls with at most `elements` numbers (at least one row may have more) and `rows` rows; `fixed` fields as given.
+
+    Small sizes come often and edges of kernels sometimes; fp64 on the CPU alone.
+    """
+    hidden = draw(
+        st.one_of(st.integers(1, 40), st.integers(1, 1200), st.sampled_from(HIDDEN), st.integers(1, 70_000)), "hidden"
+    )
+    most = min(rows, max(2, elements // hidden))
+    drawn = draw(
+        st.one_of(
+            st.lists(st.integers(0, 4), max_size=4),
+            st.lists(st.integers(1, 2), max_size=8),  # more dims than the kernels' interface has
+            st.tuples(st.integers(1, most)),
+        )
+    )
+    lead = tuple(drawn) if math.prod(drawn) <= most else (most,)
+    fields: dict[str, Any] = {
+        "lead": lead,
+        "hidden": hidden,
+        "dtype": draw(st.sampled_from([dtype for dtype in dtypes if device == "cpu" or dtype != torch.float64])),
+        "wide_weight": draw(st.booleans()),
+        "eps": draw(st.sampled_from([1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-1])),
+        "magnitude": draw(st.sampled_from(magnitudes)),
+        "x": draw(placements),
+        "residual": draw(placements),
+        "dy": draw(placements),
+        "weight": Placed(draw(st.sampled_from(("contiguous", "gapped"))), draw(st.integers(0, 7))),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+    return NormCase(**{**fields, **fixed})
