@@ -23,12 +23,15 @@ from tinylm.cache import Batch, Cache, Stream, make_cache
 from tinylm.config import ConfigError, ModelConfig
 
 Choice = TypeVar("Choice")
+# The residual stream: (x,), or (x, branch) where the sum is left to the norm that comes next.
+Residual = tuple[Tensor, ...]
 
 
 class RMSNorm(nn.Module):
     def __init__(self, config: ModelConfig, backends: Mapping[str, str]) -> None:
         super().__init__()
         self.eps, self.op = config.norm_eps, op_table.get("rmsnorm", backends["rmsnorm"])
+        self.fused = op_table.OPS["add_rmsnorm"].get(backends["add_rmsnorm"])  # None: the backend has RMSNorm alone
         self.weight = nn.Parameter(torch.empty(config.dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,6 +112,16 @@ def choose(table: Mapping[str, Choice], field: str, name: str) -> Choice:
     return table[name]
 
 
+def normed(norm: Any, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The norm of a residual stream, and the stream summed: one op where the norm has such a one."""
+    fused = getattr(norm, "fused", None)
+    if branch is not None and fused is not None:
+        # Under autocast a branch, which ends in a linear, is narrower than the stream; their sum is as wide as that.
+        return fused(branch.to(x.dtype), x, norm.weight, norm.eps)
+    x = x if branch is None else x + branch
+    return norm(x), x
+
+
 class Block(nn.Module):
     """Attention, then MLP, each on a residual branch; a norm before it (pre) or after the sum (post)."""
 
@@ -122,13 +135,16 @@ class Block(nn.Module):
         self.mlp_norm = norm(config, backends)
         self.mlp = choose(MLPS, "mlp", config.mlp)(config, backends)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, *past: Any) -> Tensor:
-        """x (B, T, C) -> (B, T, C); past: nothing, or the cache, the layer's number and the cache's plan."""
+    def forward(self, residual: Residual, rotation: Tensor | None, *past: Any) -> Residual:
+        """residual (B, T, C) -> the same; past: nothing, or the cache, the layer's number and the cache's plan."""
         if self.pre:
-            x = x + self._drop(self.attention(self.attention_norm(x), rotation, *past))
-            return x + self._drop(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, rotation, *past)))
-        return self.mlp_norm(x + self._drop(self.mlp(x)))
+            y, x = normed(self.attention_norm, *residual)
+            y, x = normed(self.mlp_norm, x, self._drop(self.attention(y, rotation, *past)))
+            return x, self._drop(self.mlp(y))
+        (x,) = residual
+        x, _ = normed(self.attention_norm, x, self._drop(self.attention(x, rotation, *past)))
+        x, _ = normed(self.mlp_norm, x, self._drop(self.mlp(x)))
+        return (x,)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -137,9 +153,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model, made and initialized from its config.
 
-    ops: backends by op, such as {"rmsnorm": "compile"}; the others are `tinylm.ops.DEFAULTS`. Raises
-    ConfigError for a norm, mlp, positions or attention that no table has, ValueError for an unknown op or
-    backend.
+    ops: backends by op, such as {"rmsnorm": "compile"}; the others are `tinylm.ops.DEFAULTS`, and add_rmsnorm
+    has the backend of rmsnorm. Raises ConfigError for a norm, mlp, positions or attention that no table has,
+    ValueError for an unknown op or backend.
     """
 
     def __init__(self, config: ModelConfig, *, ops: Mapping[str, str] | None = None) -> None:
@@ -148,6 +164,8 @@ class Transformer(nn.Module):
         self.ops = {**op_table.DEFAULTS, **(ops or {})}
         for op, backend in self.ops.items():
             op_table.get(op, backend)
+        if "add_rmsnorm" not in (ops or {}):
+            self.ops["add_rmsnorm"] = self.ops["rmsnorm"]
         linear = op_table.get("linear", self.ops["linear"])
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.positions = choose(POSITIONS, "positions", config.positions)(config)
@@ -218,12 +236,12 @@ class Transformer(nn.Module):
         V), for rows padded on the right. Raises ConfigError if T passes the model's context.
         """
         self._check_span(tokens.shape[1])
-        x, rotation = self._enter(tokens, None)
+        residual, rotation = self._enter(tokens, None)
         for block in self.blocks:
-            x = block(x, rotation)
+            residual = block(residual, rotation)
         if last_index is not None:
-            x = _pick(x, last_index)
-        return self._logits(x[:, -1:] if last_only else x)
+            residual = _pick(residual, last_index)
+        return self._logits(_last(residual) if last_only else residual)
 
     def step(self, batch: Batch, cache: Cache, *, last_only: bool = True) -> Tensor:
         """Logits of a batch's new tokens over what the cache holds, which they join: (B, T, V).
@@ -233,14 +251,14 @@ class Transformer(nn.Module):
         """
         self._check_span(batch.span)
         plan = cache.plan(batch)
-        x, rotation = self._enter(batch.tokens, batch.positions)
+        residual, rotation = self._enter(batch.tokens, batch.positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer, plan)
+            residual = block(residual, rotation, cache, layer, plan)
         if last_only and batch.uniform:
-            x = x[:, -1:]
-        elif last_only and x.shape[1] > 1:
-            x = _pick(x, batch.lengths - 1 - batch.positions[:, 0])
-        return self._logits(x)
+            residual = _last(residual)
+        elif last_only and batch.tokens.shape[1] > 1:
+            residual = _pick(residual, batch.lengths - 1 - batch.positions[:, 0])
+        return self._logits(residual)
 
     def _check_span(self, span: int) -> None:
         if span > self.config.context:
@@ -249,12 +267,12 @@ class Transformer(nn.Module):
                 "or a config with a larger context"
             )
 
-    def _enter(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _enter(self, tokens: Tensor, positions: Tensor | None) -> tuple[Residual, Tensor | None]:
         x, rotation = self.positions(self.embed(tokens), positions)
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x, rotation
+        return (F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x,), rotation
 
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
+    def _logits(self, residual: Residual) -> Tensor:
+        x, _ = normed(self.norm, *residual)
         return self._project(x, self.embed.weight, None) if self.head is None else self.head(x)
 
     def streams(self) -> tuple[Stream, ...]:
@@ -331,6 +349,10 @@ class Transformer(nn.Module):
         return sdpa_backend(q.transpose(1, 2), kv, kv, mask=mask, is_causal=not masked and tokens > 1)
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, T, C), index (B,) -> (B, 1, C): one token of each row, with no copy to the host."""
-    return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
+def _last(residual: Residual) -> Residual:
+    return tuple(x[:, -1:] for x in residual)
+
+
+def _pick(residual: Residual, index: Tensor) -> Residual:
+    """(B, T, C), index (B,) -> (B, 1, C): one token of each row, with no copy to the host."""
+    return tuple(x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2])) for x in residual)
