@@ -1,7 +1,8 @@
 """The RMSNorm backend swapped in the whole model, all else equal: decode per token, and a training step.
 
-The backends of one setting are measured round by round, in turn, so that drift of the machine falls on all alike.
-Decode runs from CUDA graphs on a GPU, where the kernels' time is not hidden behind the host's.
+It is the backend of add_rmsnorm too: every norm but the first is one op with the sum before it. The backends of one
+setting are measured round by round, in turn, so that drift of the machine falls on all alike. Decode runs from CUDA
+graphs on a GPU, where the kernels' time is not hidden behind the host's.
 """
 
 import math
@@ -37,8 +38,9 @@ def test_ablation(measure, device, op, phase, preset, dtype, batch, context, imp
     config = inputs.shape(preset, context + inputs.DECODED[device])
 
     def build(backend):
-        if reason := ops.probe(op, backend, device, inputs.DTYPES[dtype]):
-            pytest.skip(f"{op}/{backend}: {reason}")
+        for used in (op, f"add_{op}"):
+            if reason := ops.probe(used, backend, device, inputs.DTYPES[dtype]):
+                pytest.skip(f"{used}/{backend}: {reason}")
         torch.manual_seed(0)  # the same weights for every backend
         net = Transformer.build(config, ops={op: backend}, device=device, dtype=inputs.DTYPES[dtype])
         return decoding(net) if phase == "decode" else training(net)

@@ -38,6 +38,7 @@ CPU = GPU | {
 }
 DEVICES = {"h200": GPU, "cpu": CPU}
 COPY = {"h200": 4.28e12, "cpu": 1.1e10}  # bytes/s
+RMSNORM = {"eager": 0.07, "torch": 0.8, "compile": 0.95, "cuda": 0.98, "liger": 0.9}  # share of copy
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 Cell = dict[str, Any]
 
@@ -80,22 +81,25 @@ def document(label: str, seed: int = 0, slower: float = 1.0) -> dict[str, Any]:
     params: Cell
     extra: Cell
     for dtype in ("fp16", "bf16", "fp32") if gpu else ("fp16", "fp32"):
-        for hidden in (256, 384, 1024, 4096, 16384, 65536) if gpu else (256, 1024, 4096):
+        odd = (1001, 50257) if dtype == "bf16" else ()
+        for hidden in (256, 384, 1024, 4096, 16384, 65536, *odd) if gpu else (256, 1024, 4096):
             for direction in ("forward", "backward"):
-                for rows in (16, 2**28 // hidden if gpu else 2**22 // hidden):
-                    for impl, share in (("eager", 0.07), ("torch", 0.8), ("compile", 0.95)):
+                for mib in (0, 512, *([2048] if dtype == "bf16" else [])) if gpu else (0, 16):
+                    rows = mib * 2**20 // (hidden * WIDTH[dtype]) or 16
+                    for impl, share in RMSNORM.items():
+                        if mib == 2048 and impl == "eager":
+                            continue
                         params = {"op": "rmsnorm", "impl": impl, "dtype": dtype, "direction": direction}
                         params |= {"hidden": hidden, "rows": rows}
-                        if impl == "compile" and not gpu:
-                            skipped.append(
-                                named("rmsnorm", params) | {"reason": "compile: no C++ compiler", "group": None}
-                            )
+                        if impl in ("compile", "liger") and not gpu:
+                            skipped.append(named("rmsnorm", params) | {"reason": f"{impl} cannot run", "group": None})
                             continue
                         moved = (2 + (direction == "backward")) * hidden * rows * WIDTH[dtype]
                         share *= (
                             (1 if gpu else 0.8)
                             - 0.35 * (direction == "backward")
                             - 0.2 * (impl == "torch" and hidden > 5000)
+                            - 0.1 * (hidden % 8 > 0)
                         )
                         seconds = drift * (moved / copy / share + (3e-6 if gpu else 2e-5))
                         extra = {
@@ -104,6 +108,15 @@ def document(label: str, seed: int = 0, slower: float = 1.0) -> dict[str, Any]:
                             "timing": "cold" if gpu else "host",
                         }
                         measured.append(cell("rmsnorm", params, seconds, extra, noise))
+    for hidden in (1024, 4096, 8192):
+        for impl, share in RMSNORM.items():
+            moved = 4 * 2**20 if not gpu else 2**31
+            extra = {"bytes": moved, "ceiling_bytes_per_s": copy, "timing": "cold" if gpu else "host"}
+            params = {"op": "add_rmsnorm", "impl": impl, "dtype": "bf16" if gpu else "fp32", "direction": "forward"}
+            params |= {"hidden": hidden, "rows": 2**28 // hidden if gpu else 2**22 // hidden}
+            measured.append(cell("rmsnorm", params, drift * moved / copy / share / 2, extra, noise))
+            params = {"impl": impl, "dtype": params["dtype"], "phase": "call", "hidden": hidden, "rows": 1}
+            measured.append(cell("rmsnorm", params, drift * 5e-6, {"timing": "host"}, noise))
     configs = [("nano", "fp32", 5e6), ("tiny", "fp32", 6e7), ("tiny", "bf16", 3e7)][1 - (not gpu) : 3 if gpu else 2]
     for preset, dtype, weights in configs:
         for context in (128, 256, 512, 1024, 2048, 4096, 8192) if gpu else (128, 256, 512):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import recorded
+import synthetic
 
 from tinylm.bench import plots, report
 
@@ -24,7 +25,7 @@ RMSNORM = ".sheet[data-sheet='cells-rmsnorm']"
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("kv_curve", "kv_vs_nokv")})
+        patch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("kv_curve", "kv_vs_nokv", "rmsnorm_share")})
         path, _ = report.write([recorded.write(folder / "results", runs=1)], folder / "site")
     return path.as_uri()
 
@@ -87,7 +88,8 @@ def test_every_chart_is_drawn_and_tells_what_it_is(open_page: Any) -> None:
     drawn(page)
     assert page.locator(".absent", has_text="could not be drawn").count() == 0
     names = {box.get_attribute("data-chart") for box in page.locator(".chart").all()}
-    assert names == {"kv_curve", "kv_vs_nokv", "roofline", "verdicts", "telemetry", "calibration-0", "wall"}
+    others = {"roofline", "verdicts", "telemetry", "calibration-0", "wall"}
+    assert names == {"kv_curve", "kv_vs_nokv", "rmsnorm_share", *others}
     for plot in page.locator(".plot").all():
         assert plot.locator("svg.main-svg").count()
         assert plot.get_attribute("role") == "group" and plot.get_attribute("aria-label")
@@ -103,6 +105,16 @@ def test_a_choice_without_data_takes_the_nearest_that_has_some(open_page: Any) -
         selects["preset" if preset == "nano" else "dtype"].select_option(preset if preset == "nano" else dtype)
         assert [selects[key].input_value() for key in ("preset", "dtype")] == [preset, dtype]
     assert figure.locator(".plot .legendtext").all_text_contents() == ["h200, with KV cache", "h200, without KV cache"]
+
+
+def test_a_backend_has_a_colour_where_labels_have_charts_of_their_own(open_page: Any) -> None:
+    page = open_page()
+    drawn(page, "rmsnorm_share")
+    plot = page.locator("#figure-rmsnorm_share .plot")
+    assert plot.locator(".legendtext").all_text_contents() == list(synthetic.RMSNORM)
+    traces = plot.evaluate("plot => plot.data.map((trace) => [trace.mode, trace.line.color, trace.x.join()])")
+    assert len({colour for _, colour, _ in traces}) == 5 and len(traces) == 10
+    assert {x for mode, _, x in traces if "lines" not in mode} == {"1001,50257"}
 
 
 def test_tables_are_sorted_by_their_buttons(open_page: Any) -> None:
@@ -145,7 +157,7 @@ def test_tables_are_filtered_by_words_and_by_choice(open_page: Any) -> None:
     table.get_by_label("label").select_option("h200")
     assert set(cells(table, "dtype")) == {"fp32"} and set(cells(table, "label")) == {"■ h200"}
     counted = table.get_by_role("status").inner_text()
-    assert re.match(r"72 of \d+ rows, the first 15 shown", counted), counted
+    assert re.match(r"120 of \d+ rows, the first 15 shown", counted), counted
     table.get_by_label("find").fill("backward compile")
     assert set(cells(table, "direction")) == {"backward"} and set(cells(table, "impl")) == {"compile"}
     table.get_by_label("find").fill("no such word")

@@ -19,8 +19,8 @@ from tinylm.bench import plots, results
 from tinylm.bench.plots import PLOTS
 
 NAMES = [
-    *("kv_curve", "kv_curve_speedup", "kv_curve_panels", "kv_vs_nokv", "rmsnorm", "rmsnorm_speedup"),
-    *("vram_seq", "tokens_sec", "ablation"),
+    *("kv_curve", "kv_curve_speedup", "kv_curve_panels", "kv_vs_nokv", "rmsnorm", "rmsnorm_share"),
+    *("rmsnorm_speedup", "vram_seq", "tokens_sec", "ablation"),
 ]
 Drawn = dict[str, tuple[Figure, pd.DataFrame]]
 
@@ -126,17 +126,46 @@ def test_ratios_are_taken_within_a_run(tmp_path: Path) -> None:
         cell["stats"] = {k: v * 7 if isinstance(v, float) else v for k, v in cell["stats"].items()}
     path.write_text(json.dumps(document))
     after = PLOTS["ablation"].points(read(folder))
-    relative = before["quantity"] == "speed relative to eager"
+    relative = before["quantity"] == "speed relative to torch"
     assert relative.any() and not relative.all()
     assert np.allclose(after[relative]["value"], before[relative]["value"], rtol=1e-12)
     assert not np.allclose(after[~relative]["high"], before[~relative]["high"])
 
 
 def test_rmsnorm_lines_hold_inputs_of_one_size(drawn: Drawn) -> None:
-    _, points = drawn["rmsnorm"]
-    elements = np.log2(points["rows"].astype(float) * points["hidden"].astype(float)).round()
-    assert (elements.groupby([points["label"], points["dtype"]]).nunique() == 1).all()
-    assert set(elements[points["label"] == "h200"]) == {28.0}
+    """The largest that every backend has: not 2 GiB, which eager was not measured at; and no other op."""
+    for name in ("rmsnorm", "rmsnorm_speedup"):
+        _, points = drawn[name]
+        elements = points["rows"].astype(float) * points["hidden"].astype(float)
+        mib = elements * points["dtype"].map(synthetic.WIDTH) / 2**20
+        assert {label: set(part.round()) for label, part in mib.groupby(points["label"])} == {
+            "h200": {512},
+            "cpu": {16},
+        }
+        assert set(points["direction"]) == {"forward", "backward"} and set(points["op"]) == {"rmsnorm"}
+
+
+def test_the_share_of_copy_has_a_colour_for_each_backend(drawn: Drawn, tmp_path: Path) -> None:
+    """Of labels with bf16 inputs of 0.5 GiB alone, one line of panels each; odd hidden sizes are not joined."""
+    figure, points = drawn["rmsnorm_share"]
+    assert set(points["label"]) == {"h200"} and set(points["hidden"]) >= {"256", "1001", "50257", "65536"}
+    legend = {text.get_text(): line for text, line in legend_of(figure)}
+    assert list(legend) == ["eager", "torch", "compile", "cuda", "liger"]
+    assert len({line.get_color() for line in legend.values()}) == 5
+    assert {line.get_linestyle() for line in legend.values()} == {"-"}
+    joined = [line for axes in panels(figure) for line in axes.get_lines() if line.get_linestyle() == "-"]
+    hidden = {float(x) for line in joined for x in np.asarray(line.get_xdata(), dtype=float) if x > 1}
+    assert hidden == {float(x) for x in points["hidden"]} - {1001, 50257}
+    two = read(synthetic.write_runs(tmp_path, runs=1, labels=("h200", "rtx-4090", "cpu")))
+    result = plots.draw("rmsnorm_share", two)
+    assert not isinstance(result, str)
+    titles = [axes.get_title(loc="left") for axes in panels(result[0])]
+    assert titles == [f"{way} · {label}" for label in ("h200", "rtx-4090") for way in ("forward", "backward")]
+
+
+def legend_of(figure: Figure) -> list[Any]:
+    legends = [legend for part in figure.subfigs for legend in part.legends]
+    return [pair for legend in legends for pair in zip(legend.get_texts(), legend.get_lines(), strict=True)]
 
 
 def test_out_of_memory_is_a_mark_at_its_prediction(drawn: Drawn) -> None:

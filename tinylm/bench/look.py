@@ -17,12 +17,13 @@ DASHES: tuple[Any, ...] = (
     (0, (6, 1.5, 1, 1.5)),
     (0, (3, 1, 1, 1, 1, 1)),
     (0, (8, 2)),
+    (0, (5, 1, 1, 1, 1, 1)),
 )
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "----")
 
 # Values in the order in which they are shown, which also fixes their dashes; others follow.
 ORDER: dict[str, tuple[str, ...]] = {
-    "impl": ("eager", "torch", "compile", "cuda", "triton", "graph"),
+    "impl": ("eager", "torch", "compile", "cuda", "liger", "triton", "graph"),
     "dtype": ("bf16", "fp16", "fp32"),
     "direction": ("forward", "backward"),
     "phase": ("decode", "prefill", "train"),
@@ -59,15 +60,18 @@ class Look:
     title: str
     x: str = ""  # a number, on a logarithmic axis; without it there are bars
     style: str = ""  # what dashes or hatches tell
+    coloured: bool = False  # colour and marker tell the style instead: each label has panels of its own
     order: tuple[str, ...] = ()  # of the values of `style`, where ORDER does not have it
     across: tuple[str, ...] = ()  # one column of panels for each value; without it panels wrap
     down: tuple[str, ...] = ()  # one line of panels for each value
     ignore: tuple[str, ...] = ()  # parameters that may vary along a line
+    step: int = 1  # x that are no multiple of it are marks beside the line
     dots: bool = False  # marks instead of bars: for values whose zero means nothing
     log: tuple[str, ...] = ()  # quantities that are always on a logarithmic axis
     linear: tuple[str, ...] = ()  # quantities that never are
     unmarked: tuple[str, ...] = ()  # values of `style` that are a line without markers
     loose: tuple[str, ...] = ()  # values of `style` that are marks without a line
+    height: float = 2.3  # of a panel of lines, in inches
     measure: str = ""  # what the quantities are together, where they share an axis
     note: str = ""
     reference: dict[str, float] = field(default_factory=dict)  # quantity -> where a reference line goes
@@ -95,19 +99,20 @@ class Pens:
     def __init__(self, look: Look, points: pd.DataFrame, labels: Sequence[str]) -> None:
         self.look, self.labels = look, list(labels)
         # Few labels are written at the ends of their lines; more would not find room there.
-        self.direct = bool(look.x) and points["label"].nunique() <= 3
-        self.colours = sns.color_palette("colorblind", max(len(self.labels), 1))
+        self.direct = bool(look.x) and points["label"].nunique() <= 3 and not look.coloured
         present = ordered(points, look.style) if look.style in points else []
         known = look.order or ORDER.get(look.style, ())
         self.ranks = [*known, *(value for value in present if value not in known)]
         # The values that occur; none where there is but one, which needs no telling apart.
         self.styles = [value for value in self.ranks if value in present] if len(present) > 1 else []
+        self.colours = sns.color_palette("colorblind", max(len(self.ranks if look.coloured else self.labels), 1))
 
     def pen(self, label: str, style: str = "") -> dict[str, Any]:
         """What matplotlib needs for a line with markers."""
         i = self.labels.index(label)
         rank = self.ranks.index(style) if style else i
-        pen = {"color": self.colours[i], "linestyle": DASHES[rank % len(DASHES)], "linewidth": 1.5}
+        i, rank = (rank, 0) if self.look.coloured else (i, rank)
+        pen = {"color": self.colours[i % len(self.colours)], "linestyle": DASHES[rank % len(DASHES)], "linewidth": 1.5}
         pen |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4.5, "markeredgewidth": 0.6}
         if style in self.look.unmarked:
             pen |= {"marker": "", "color": self.ink(label), "linewidth": 1.2, "zorder": 3}

@@ -35,7 +35,10 @@ def lines(axes: Axes, panel: pd.DataFrame, points: pd.DataFrame, look: Look, pen
                 continue
             line = line.assign(x=line[look.x].astype(float)).sort_values("x")
             pen = pens.pen(label, style)
-            sns.lineplot(line, x="x", y="value", ax=axes, legend=False, errorbar=None, estimator=None, **pen)
+            joined = line["x"] % look.step == 0
+            sns.lineplot(line[joined], x="x", y="value", ax=axes, legend=False, errorbar=None, estimator=None, **pen)
+            beside = pen | {"linestyle": "", "markerfacecolor": "white", "markeredgecolor": pen["color"]}
+            axes.plot(line["x"][~joined], line["value"][~joined], **(beside | {"markeredgewidth": 1.2}))
             if style not in (*look.loose, *look.unmarked):
                 _spread(axes, line["x"], line, "yerr", fmt="none", ecolor=pen["color"])
             ends.append((line["x"].iloc[-1], line["value"].iloc[-1], label))

@@ -64,7 +64,7 @@ class _Picture:
         width = max(map(len, grid))
         # Sizes in inches. The title is one line; the legend and the notes take the lines that they need.
         if self.look.x:
-            heights, wide = [2.3] * len(grid), (3.35 if width > 2 else 4.3) * width
+            heights, wide = [self.look.height] * len(grid), (3.35 if width > 2 else 4.3) * width
         else:
             heights = [0.7 + 0.19 * (max(line.values()) + 1) for line in slots]
             wide = (4.0 if width > 1 else 6.6) * width + 0.065 * max(len(c) for line in slots for c, _ in line)
@@ -141,13 +141,15 @@ class _Picture:
     def _handles(self) -> list[Any]:
         """The legend: labels where they are not written into the panels, and what dashes tell."""
         look, handles = self.look, []
-        for label in ordered(self.points, "label") if not self.pens.direct and "label" not in look.across else []:
+        told = self.pens.direct or "label" in (*look.across, *look.down)
+        for label in [] if told else ordered(self.points, "label"):
             pen = self.pens.pen(label) | ({"linestyle": ""} if self.pens.styles or look.dots else {})
             bar = Patch(color=pen["color"], label=label)
             handles.append(Line2D([], [], label=label, **pen) if look.x or look.dots else bar)
         for style in self.pens.styles if look.x else []:
-            pen = self.pens.pen(self.pens.labels[0], style) | {"color": GREY}
-            pen |= {"markeredgecolor": GREY} if style in look.loose else {"marker": ""}
+            pen = self.pens.pen(self.pens.labels[0], style)
+            if not look.coloured:
+                pen |= {"color": GREY} | ({"markeredgecolor": GREY} if style in look.loose else {"marker": ""})
             handles.append(Line2D([], [], label=words(look.style, style), **pen))
         return handles
 

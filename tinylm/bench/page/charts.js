@@ -53,23 +53,30 @@ function lines(spec, choice) {
       const part = rows.filter((r) => r.label === pen.label && (!spec.style || r[spec.style] === style.value));
       if (!part.length) continue;
       part.sort((a, b) => a[spec.x] - b[spec.x]);
-      const marks = style.marks || part.length === 1;
-      traces.push({
-        type: "scatter",
-        mode: [style.line && "lines", marks && "markers"].filter(Boolean).join("+"),
-        name: plain([pen.label, style.text].filter(Boolean).join(", ")),
-        x: part.map((r) => Number(r[spec.x])), y: part.map((r) => r.value),
-        line: { color: colour(pen), width: style.marks ? 2 : 1.4, dash: style.dash || pen.dash },
-        marker: { color: colour(pen), symbol: style.line ? pen.symbol : "x-thin", size: style.line ? 8 : 13, line: { color: colour(pen), width: style.line ? 0 : 3 } },
-        error_y: { ...error(part), visible: style.marks && style.line && part.some((r) => r.high > r.low) },
-        text: part.map((r) => told(spec, r, styles)), hovertemplate: "%{text}<extra></extra>",
-      });
+      const { symbol } = style.pen ?? pen;
+      const paint = colour(style.pen ?? pen);
+      const joined = part.filter((r) => Number(r[spec.x]) % spec.step === 0);
+      for (const own of [joined, part.filter((r) => !joined.includes(r))].filter((rows) => rows.length)) {
+        const line = style.line && own === joined;
+        const marks = style.marks || own.length === 1;
+        const name = plain([style.pen ? "" : pen.label, style.text].filter(Boolean).join(", "));
+        traces.push({
+          type: "scatter",
+          mode: [line && "lines", marks && "markers"].filter(Boolean).join("+"),
+          name, legendgroup: name, showlegend: own === joined || !joined.length,
+          x: own.map((r) => Number(r[spec.x])), y: own.map((r) => r.value),
+          line: { color: paint, width: style.marks ? 2 : 1.4, dash: style.dash || pen.dash },
+          marker: { color: paint, symbol: !style.line ? "x-thin" : line ? symbol : `${symbol}-open`, size: style.line ? 8 : 13, line: { color: paint, width: line ? 0 : style.line ? 2 : 3 } },
+          error_y: { ...error(own), visible: style.marks && style.line && own.some((r) => r.high > r.low) },
+          text: own.map((r) => told(spec, r, styles)), hovertemplate: "%{text}<extra></extra>",
+        });
+      }
     }
   }
   const ticks = unique(rows.map((r) => Number(r[spec.x]))).sort((a, b) => a - b);
   // As many as there is room for, the last among them.
-  const every = Math.ceil(ticks.length / (narrow() ? 5 : 11));
-  const kept = ticks.filter((_, i) => (ticks.length - 1 - i) % every === 0);
+  const apart = 0.999 * Math.log(ticks.at(-1) / ticks[0]) / (narrow() ? 5 : 11);
+  const kept = ticks.reduceRight((found, x) => (found.length && Math.log(found[0] / x) < apart ? found : [x, ...found]), []);
   const { log, reference, title, scale } = valueAxis(spec, rows);
   const xaxis = axis(spec.x_title, { type: "log", tickvals: kept, ticktext: kept.map((value) => value.toLocaleString("en-US")), tickangle: 0 });
   return { traces, layout: { height: HEIGHT + 18 * traces.length * narrow(), xaxis, yaxis: axis(title + (log ? ", log scale" : ""), scale), shapes: reference === undefined ? [] : [across(reference)] } };

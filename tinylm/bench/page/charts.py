@@ -19,7 +19,7 @@ from tinylm.bench.look import SPOKEN, Look, ordered, words
 SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross"}
 SYMBOLS |= {"X": "x", "<": "triangle-left", ">": "triangle-right"}
 CHARACTERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}
-PATTERNS = {"": "", "////": "/", "....": ".", "xxxx": "x", "\\\\\\\\": "\\", "++++": "+"}
+PATTERNS = {"": "", "////": "/", "....": ".", "xxxx": "x", "\\\\\\\\": "\\", "++++": "+", "----": "-"}
 SURFACES = {"light": (1.0, 1.0, 1.0), "dark": (0.071, 0.086, 0.106)}  # as in style.css
 # WCAG 1.4.11 asks 3 of a mark against its surface; thin lines on a dark one need more to be told apart.
 CONTRAST = {"light": 3.0, "dark": 4.5}
@@ -103,6 +103,7 @@ def chart(plot: Look, points: pd.DataFrame) -> dict[str, Any]:
         "title": plot.title,
         "form": "lines" if plot.x else "dots" if plot.dots else "bars",
         "x": plot.x,
+        "step": plot.step,
         "x_title": marks.X_TITLES.get(plot.x, plot.x),
         "style": styled,
         "styles": _styles(plot, points, styled),
@@ -131,11 +132,13 @@ def _styles(plot: Look, points: pd.DataFrame, key: str) -> list[dict[str, Any]]:
     known = plot.order or look.ORDER.get(key, ())
     present = ordered(points, key)
     ranks = [*known, *(value for value in present if value not in known)]
+    own = pens(ranks) if plot.coloured else []
     return [
         {
             "value": value,
             "text": words(key, value),
-            "dash": dash(i),
+            "dash": "solid" if plot.coloured else dash(i),
+            "pen": own[i] if plot.coloured else None,
             "pattern": PATTERNS[look.HATCHES[i % len(look.HATCHES)]],
             "line": value not in plot.loose,
             "marks": value not in plot.unmarked,
