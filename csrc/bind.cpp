@@ -264,7 +264,8 @@ Outputs forward(const Device<cuda>& device, const Tensor& x_, const Tensor* resi
   RmsNorm p{};
   p.dtype = tag_on<cuda>(dtype);
   const Weight weight(weight_, x.hidden(), dtype);
-  require(eps > 0, "rmsnorm: eps must be positive, got ", eps);
+  require(p.dtype == Dtype::f64 ? eps > 0 : static_cast<float>(eps) > 0,
+          "rmsnorm: eps must be positive in the dtype of the sum, got ", eps);
   p.x = x.data();
   p.x_rows = x.rows;
   p.weight = weight.data();

@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kSpan == Span::lanes ? 64 : 512,
 
 constexpr int kUnroll = 4;
 
-// Rows that no registers hold, or where a card has no clusters: read twice, the second time from L2. A block a row.
+// Rows that neither registers nor, for want of alignment, shared memory hold, or for which a card has no clusters: read
+// twice, the second time from L2. A block a row.
 template <typename T, bool kAdd, bool kShift>
 __global__ void __launch_bounds__(kLongThreads, 1)
     rmsnorm_long(const __grid_constant__ RmsNorm a, const __grid_constant__ RowMap x_rows,
@@ -213,8 +214,10 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     blocks = a.rows * g.blocks;
     take(Number<8>(), Is<Span::cluster>());
   }
+  const size_t row_bytes = size_t{16} * rows_of_block * (pitch + 8);
   size_t shared = kShift ? size_t{16} * (kAdd ? 2 : 1) * rows_of_block * pitch : 0;
-  if (kernel == nullptr || shared + 2048 > card.shared_block) {
+  // What the variant that takes the most needs decides for all, because they add up in the same order.
+  if (kernel == nullptr || (packs > 128 && 2 * row_bytes + 2048 > card.shared_block)) {
     kernel = reinterpret_cast<const void*>(rmsnorm_long<T, kAdd, kShift>);
     threads = kLongThreads, blocks = a.rows, g.blocks = 1, shared = 0;
   }

@@ -1,8 +1,8 @@
 // RMSNorm backward, dx and dweight in one pass: both inputs are read once, dx is written once.
 //
 // A few blocks a multiprocessor stay and work on row after row; the next one to three rows are on their way to shared
-// memory by asynchronous copies, each thread's packs to its own slots, so that nothing needs to be synchronized but the
-// row's one sum. dweight is summed in registers; each block (or cluster) leaves one row of partial sums, which a second
+// memory by asynchronous copies, each thread's packs to its own slots, so that nothing but a row's one sum needs to be
+// synchronized (rows that start anywhere: see Stream). dweight is summed in registers; each block (or cluster) leaves one row of partial sums, which a second
 // kernel adds up, always in the same order. Shares of copy on an H200, 0.5 GiB of rows, bf16 unless said:
 //  - rows of shared memory at multiples of 128 bytes: 2,048 columns 1.00; 80 bytes past one, .84;
 //  - 256 threads a multiprocessor, not as many as fit: 2,048 columns 1.00 against .96, 256 columns .95 against .93;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads<kSpan, kShift>, kResident<kSpan, kSum
     }
     copies_commit();
   };
-  stream.clear(g.stages);
+  if constexpr (!kShift) stream.clear(g.stages);
   for (int stage = 0; stage < g.stages; ++stage) request(stage, begin + sub + stage * step);
   float w[K][V], dw[K][V];
 #pragma unroll
@@ -396,7 +396,7 @@ const char* rmsnorm_grad_cuda(const RmsNormGrad& a, void* stream) {
   sums.launch.blockDim = dim3(32, kSumRows);
   sums.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   sums.attribute.val.programmaticStreamSerializationAllowed = 1;
-  sums.launch.attrs = &sums.attribute, sums.launch.numAttrs = this_card().clusters ? 1 : 0;
+  sums.launch.attrs = &sums.attribute, sums.launch.numAttrs = count > 0 && this_card().clusters ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&sums.launch, rmsnorm_grad_columns, static_cast<const float*>(a.partials),
                                                count, a.hidden, a.dweight, a.weight_f32 ? Dtype::f32 : a.dtype);
   if (error == cudaSuccess) return nullptr;

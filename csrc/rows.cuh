@@ -241,7 +241,7 @@ __device__ inline Sum sum_slots(const float (&high)[16], const float (&low)[16],
   return four[0];
 }
 
-// 16 bytes (or the first `bytes` of them, the rest zeros) to shared memory, without waiting for them where the card can.
+// 16 bytes (or the first `bytes` of them) to shared memory, without waiting for them where the card can.
 __device__ inline void copy16(uint4* shared, const void* global, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
@@ -448,9 +448,8 @@ struct Stream {
   }
   __device__ void clear(int stages) const {  // what no request fills stays zero
     for (int i = 0; i < stages * N; ++i)
-      for (int c = place.lane; c < place.lanes * K + kShift; c += place.lanes)
+      for (int c = place.lane; c < place.lanes * K; c += place.lanes)
         buffer[i * size + c] = make_uint4(0, 0, 0, 0);
-    if constexpr (kShift) sync();
   }
   __device__ static void sync() {
     if constexpr (kSpan == Span::lanes) {
@@ -533,9 +532,11 @@ constexpr int kLongThreads = 512;
 
 struct Card {
   int multiprocessors = 0;
-  bool clusters = false;
+  bool clusters = false;  // of blocks, and launches that overlap: of the card, and of the code that runs on it
   size_t shared_block = 0, shared_multiprocessor = 0;  // bytes
 };
+
+static __global__ void compiled() {}
 
 inline const Card& this_card() {
   static Card cards[64];
@@ -552,7 +553,10 @@ inline const Card& this_card() {
     };
     card.shared_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     card.shared_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    card.clusters = read(cudaDevAttrComputeCapabilityMajor) >= 9;
+    // PTX of an older target runs on a new card, and knows nothing of clusters.
+    cudaFuncAttributes code = {};
+    cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(compiled));
+    card.clusters = read(cudaDevAttrComputeCapabilityMajor) >= 9 && code.ptxVersion >= 90;
     card.multiprocessors = read(cudaDevAttrMultiProcessorCount);
   }
   return card;
@@ -574,15 +578,18 @@ inline int warps_of(int64_t packs, int k) { return static_cast<int>((packs + 32 
 // What both a launch and the question how many of its clusters fit need to know.
 struct Configuration {
   cudaLaunchConfig_t launch = {};
-  cudaLaunchAttribute attribute;
+  cudaLaunchAttribute attribute;  // `launch` points to it
 
+  Configuration(const Configuration&) = delete;
   Configuration(const void* kernel, int64_t blocks, int threads, size_t shared, int cluster, cudaStream_t stream) {
     launch.gridDim = dim3(static_cast<unsigned>(blocks));
     launch.blockDim = dim3(threads);
     launch.dynamicSmemBytes = shared;
     launch.stream = stream;
-    if (shared > 32 * 1024)  // beyond 48 KB with what the kernel takes besides
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    // Always the same: another thread may be about to launch the kernel with more. 2 KB are the kernel's own.
+    if (shared > 32 * 1024)
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(this_card().shared_block) - 2048);
     if (cluster > 1) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;

@@ -291,7 +291,7 @@ def test_the_ops_themselves_check() -> None:
             backward(*wrong)
     with pytest.raises(RuntimeError, match="dsum must"):
         torch.ops.tinylm.add_rmsnorm_backward(x, x[:2], x, w, rstd)
-    for wrong_eps in (0.0, float("nan")):
+    for wrong_eps in (0.0, 1e-60, float("nan")):  # 1e-60 is 0 in fp32
         with pytest.raises(RuntimeError, match="eps must be positive"):
             torch.ops.tinylm.rmsnorm_inference(x, w, wrong_eps)
 
