@@ -23,10 +23,18 @@ constexpr int kThreads = kShift && kSpan == Span::lanes ? 128 : 256;
 template <Span kSpan, bool kSum, bool kShift>
 constexpr int kResident = !kShift ? 1 : kSpan == Span::lanes ? (kSum ? 2 : 3) : kSum ? 1 : 2;
 
+// Below compute capability 9.0 a kernel for clusters is compiled and never run: it may have what registers it takes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClustersRun = false;
+#else
+constexpr bool kClustersRun = true;
+#endif
+
 // Some blocks a multiprocessor, each of which works on row after row, has the next ones on their way, and sums its part
 // of dweight in registers. Without kShift a row is read from shared memory once; with it registers would not do.
 template <typename T, Span kSpan, bool kSum, bool kShift>
-__global__ void __launch_bounds__(kThreads<kSpan, kShift>, kResident<kSpan, kSum, kShift>)
+__global__ void __launch_bounds__(kThreads<kSpan, kShift>,
+                                  kSpan == Span::cluster && !kClustersRun ? 1 : kResident<kSpan, kSum, kShift>)
     rmsnorm_grad_rows(const __grid_constant__ RmsNormGrad a, const __grid_constant__ RowMap h_rows,
                       const __grid_constant__ RowMap dy_rows, const __grid_constant__ RowMap dsum_rows,
                       const Launch g) {
