@@ -2,7 +2,8 @@
 //
 // A row is held in registers by some lanes of a warp, by a block or by the blocks of a cluster (Span), 2 to 8 packs of
 // 16 bytes a thread, whichever keeps the most bytes on their way. Blocks come and go, a row each: while some load, others
-// sum or store. Weights are requested before the row is waited for. Shares of copy on an H200, 0.5 GiB of rows:
+// sum or store. Weights are requested before the row is waited for. Shares of copy on an H200, 0.5 GiB of
+// rows, each the best setting of a tuning program's sweep, timed by events and not by the suite:
 //  - plain loads, not ld.global.nc.L1::no_allocate: bf16 4,096 columns .98 against .93, 1,024 .995 against .97;
 //  - a persistent grid with asynchronous copies ahead, as the backward has, is slower here: .91 to .95 up to 32,768
 //    columns, and 2% faster from 65,536 on only;

@@ -3,7 +3,8 @@
 // A few blocks a multiprocessor stay and work on row after row; the next one to three rows are on their way to shared
 // memory by asynchronous copies, each thread's packs to its own slots, so that nothing but a row's one sum needs to be
 // synchronized (rows that start anywhere: see Stream). dweight is summed in registers; each block (or cluster) leaves one row of partial sums, which a second
-// kernel adds up, always in the same order. Shares of copy on an H200, 0.5 GiB of rows, bf16 unless said:
+// kernel adds up, always in the same order. Shares of copy on an H200, 0.5 GiB of rows, bf16,
+// from a tuning program's sweeps, timed by events and not by the suite:
 //  - rows of shared memory at multiples of 128 bytes: 2,048 columns 1.00; 80 bytes past one, .84;
 //  - 256 threads a multiprocessor, not as many as fit: 2,048 columns 1.00 against .96, 256 columns .95 against .93;
 //  - a cluster's blocks meet by asynchronous stores on an mbarrier; by cluster barriers, which wait for stores to global
@@ -322,7 +323,7 @@ Plan plan(const RmsNormGrad& a) {
   int rows_of_block = 1, pitch = 0, most = 256 * kResident<Span::block, kSum, kShift>;
   if (packs <= 32 * K) {
     while (p.g.lanes * K < packs) p.g.lanes *= 2;
-    if (!kShift && packs * 8 <= p.g.lanes * K * 7) p.threads = 128;  // 384, 768 columns: .96 of copy, with 64 .89
+    if (!kShift && packs * 8 <= p.g.lanes * K * 7) p.threads = 128;  // 384, 768 columns: .96 in the tuning program, with 64 .90 and .91
     rows_of_block = p.threads / p.g.lanes;
     most = 128 * kResident<Span::lanes, kSum, kShift>;
     pitch = Stream<T, K, N, Span::lanes, kShift>::pitch(p.g.lanes);
