@@ -20,8 +20,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"config"},
     "attention": {"ops", "cache"},
     "model": {"attention", "ops", "config", "cache"},
-    "generate": {"model", "cache", "config"},
+    "generate": {"model", "cache", "config", "checkpoint", "hf", "tokenizer"},
     "hf": {"model", "config"},
+    "tokenizer": {"config"},
+    "corpus": {"config"},
+    "data": {"config", "corpus", "tokenizer"},
+    "optim": {"config"},
+    "parallel": {"config", "model"},
+    "checkpoint": {"config", "model", "tokenizer"},
+    "train": {"config", "model", "ops", "data", "tokenizer", "optim", "checkpoint", "parallel"},
 }
 
 
@@ -92,7 +99,7 @@ def fresh(code: str) -> str:
 
 OPTIONAL = [
     "cuda", "matplotlib", "ninja", "pandas", "psutil", "pynvml", "pytest", "rich", "safetensors", "scipy",
-    "seaborn", "transformers", "triton", "typer", "torch._dynamo", "torch._inductor",
+    "seaborn", "tokenizers", "transformers", "triton", "typer", "tyro", "torch._dynamo", "torch._inductor",
     "torch.utils.cpp_extension",
 ]  # fmt: skip
 
