@@ -7,7 +7,11 @@
 //  - plain loads, not ld.global.nc.L1::no_allocate: bf16 4,096 columns .98 against .93, 1,024 .995 against .97;
 //  - a persistent grid with asynchronous copies ahead, as the backward has, is slower here: .91 to .95 up to 32,768
 //    columns, and 2% faster from 65,536 on only;
-//  - reading a row twice instead, from L2 the second time: .91 with 16,384 columns, .98 here.
+//  - reading a row twice instead, from L2 the second time: .91 with 16,384 columns, .98 here;
+//  - what long rows lack is bytes on their way while blocks meet: bf16, 65,536 columns with 4, 3, 2 blocks a
+//    multiprocessor .92, .85, .70, and registers hold no more; half the packs a thread .86;
+//  - 8 packs a thread, not 4, bf16, 4,096 columns: .975 against .967, but 3.2 us a call of one row against 1.7;
+//  - streaming stores (.cs): up to 1% slower (on an H100).
 // Rows that start anywhere (an odd hidden size) go through shared memory, see Stream; bf16, 4,095 columns: .85, and .47
 // by loads of single elements.
 #include "rows.cuh"
@@ -183,13 +187,16 @@ __global__ void __launch_bounds__(kLongThreads, 1)
   }
 }
 
-// Packs of a thread (K) and threads of a row, by packs of a row and the size of T alone: a row's sum is added up in the
+// Packs of a thread (K) and threads of a row, by the hidden size and the size of T alone: a row's sum is added up in the
 // same order in every batch and at every address.
 template <typename T, bool kAdd, bool kShift>
 const char* launch(const RmsNorm& a, cudaStream_t stream) {
   constexpr int V = Pack<T>::size;
   const Card& card = this_card();
   const int64_t packs = (a.hidden + V - 1) / V;
+  // Such rows never come by packs: fewer of them a thread, because both those on their way in and out are in shared
+  // memory too (bf16, 50,257 columns: .54 with 4 in 8 blocks, .28 with 8 in 4; 65,536: .86 and .92).
+  const bool odd = a.hidden % V != 0;
   Launch g{1, 1, 1, aligned16(a.weight)};
   int threads = 64, rows_of_block = 1, pitch = 0;
   const void* kernel = nullptr;
@@ -205,6 +212,11 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     rows_of_block = threads / g.lanes;
     blocks = (a.rows + rows_of_block - 1) / rows_of_block;
     packs <= 32 ? take(Number<2>(), Is<Span::lanes>()) : take(Number<4>(), Is<Span::lanes>());
+  } else if (odd && card.clusters && packs > 2048 && packs <= 8 * 1024) {
+    g.blocks = packs <= 4096 ? 4 : 8;
+    threads = g.lanes = warps_of((packs + g.blocks - 1) / g.blocks, 4) * 32;
+    blocks = a.rows * g.blocks;
+    if constexpr (kShift) take(Number<4>(), Is<Span::cluster>());
   } else if (packs <= 4096) {
     threads = g.lanes = warps_of(packs, packs <= 2048 ? 4 : 8) * 32;
     packs <= 2048 ? take(Number<4>(), Is<Span::block>()) : take(Number<8>(), Is<Span::block>());

@@ -604,6 +604,11 @@ CUDA_SOURCE = [
         (GRADIENTS,),
     ),
     Source(
+        "what earlier kernels left in shared memory is added to dweight",
+        (Patch(GRAD, "if (live(row)) dw[k][i]", "dw[k][i]"),),
+        ("runs repeat",),
+    ),
+    Source(
         "a block's part of dweight is lost",
         (Patch(GRAD, "row = threadIdx.y; row < count;", "row = threadIdx.y; row + 1 < count;"),),
         (GRADIENTS,),

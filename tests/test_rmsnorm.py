@@ -74,12 +74,42 @@ BOTH = Fault(
 )
 LIBRARY = OF_GRADIENTS | {"rows are alone": ORDER, "layout does not matter": ORDER, "add is its composition": TWICE}
 LIBRARY["add near wild rows"] = BOTH
+
+
+def nothing(case: NormCase) -> bool:
+    return False
+
+
+ROWS = Fault("the order of a row's sum depends on how many rows there are, and where they lie", nothing, drawn=False)
+GPU = LIBRARY | {"rows are alone": ROWS, "layout does not matter": ROWS}
+TWO_KERNELS = Fault("the sum's kernel has other roundings than the norm's", nothing, drawn=False)
+
+
+def short(case: NormCase) -> bool:
+    return case.dtype in HALF or case.hidden < 16_384
+
+
+LONG = Fault("sums of 65,536 numbers are off by more than their terms", short)
+LONG_OR_UNDERFLOW = Fault("both of these", lambda case: short(case) and UNDERFLOW.spares(case))
+INFINITE = Fault(
+    "y is NaN in all of a row that has an inf", lambda case: case.magnitude == "overflow" and UNDERFLOW.spares(case)
+)
+DENORMAL = Fault(
+    "both roundings, and squares of denormals", lambda case: TWICE.spares(case) and case.magnitude != "denormal"
+)
 # What is not here is held without exception; `cuda`, our own, is not here.
 FAULTS: dict[tuple[str, str], dict[str, Fault]] = {
     ("eager", "cpu"): LIBRARY | {"outputs are contiguous": STRIDED},
-    ("eager", "cuda"): LIBRARY | {"outputs are contiguous": STRIDED},
+    ("eager", "cuda"): GPU | {"outputs are contiguous": STRIDED},
     ("torch", "cpu"): LIBRARY,
-    ("torch", "cuda"): LIBRARY,
+    ("torch", "cuda"): GPU
+    | {
+        "y is near": LONG,
+        "gradients are near": LONG_OR_UNDERFLOW,
+        "wild rows are as in fp32": INFINITE,
+        "add is its composition": DENORMAL,
+    },
+    ("liger", "cuda"): {"add is its composition": TWO_KERNELS},
 }
 # compile takes seconds a shape, and is held to what stands here.
 COMPILED = {name: [NormCase((4,), 64, torch.bfloat16)] for name in ("y is near", "gradients are near")}
@@ -144,7 +174,10 @@ def test_property(backend: str, name: str, device: str) -> None:
     if backend == "compile" and name not in COMPILED:
         pytest.skip("compile takes seconds a shape")
     norms = backend_on(device, PROPERTIES[name].op, backend)
-    hold(held_to(PROPERTIES[name], name, backend, device), norms, device)
+    which = held_to(PROPERTIES[name], name, backend, device)
+    if not (which.always or which.on_gpu or which.examples):
+        pytest.skip(FAULTS[backend, device][name].reason)
+    hold(which, norms, device)
 
 
 def test_the_specification_is_the_formula_in_fp32_where_squares_overflow() -> None:
@@ -287,15 +320,19 @@ def test_the_width_of_vectors_does_not_matter(tmp_path: Path) -> None:
 
 def test_what_lies_around_outputs_in_the_allocators_pool_stays() -> None:
     """The op's own allocations: sizes that leave room to the allocator's next multiple of 512 bytes."""
-    norms, size = backend_on("cuda", "add_rmsnorm", "cuda"), 1 << 20
+    backend_on("cuda", "add_rmsnorm", "cuda")
+    library, size = torch.ops.tinylm, 1 << 20
     given = NormCase((7,), 1001, torch.float16).inputs("cuda")
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool):
         blocks = [torch.full((size,), PATTERN, dtype=torch.uint8, device="cuda") for _ in range(8)]
         begins = [block.data_ptr() for block in blocks]
         del blocks
-        outputs = call_add(norms.add, given, 1e-6)  # type: ignore[arg-type]
-        ends = [outputs[i].data_ptr() + outputs[i].numel() * outputs[i].element_size() for i in (0, 1, 2, 4)]
+        # The ops themselves: autograd's thread allocates elsewhere.
+        y, total, rstd = library.add_rmsnorm(given.x, given.residual, given.weight, 1e-6)
+        outputs = y, total, *library.add_rmsnorm_backward(given.dy, given.dsum, total, given.weight, rstd)
+        ends = [output.data_ptr() + output.numel() * output.element_size() for output in outputs]
+        del y, total, rstd
         del outputs  # all of it, and the blocks below lie where the ones above did
         blocks = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(8)]
         found = 0
