@@ -183,6 +183,7 @@ def test_stdlib_is_there_and_has_no_tests_and_nobody_elses_packages() -> None:
         (None, "copies.txt", None, "all 3 documents of copies.txt are the same"),
         (None, "damaged.xz", None, "damaged.xz: cannot be read"),
         (None, "cut.xz", None, "cut.xz: cannot be read"),
+        (None, "damaged folder", None, "x.xz: cannot be read"),
     ],
 )
 def test_what_is_no_text_is_one_clear_line(
@@ -197,6 +198,8 @@ def test_what_is_no_text_is_one_clear_line(
     packed = lzma.compress(os.urandom(5000))
     (tmp_path / "damaged.xz").write_bytes(packed[:1000] + b"damaged" + packed[1007:])
     (tmp_path / "cut.xz").write_bytes(packed[:1000])
+    (tmp_path / "damaged folder").mkdir()
+    (tmp_path / "damaged folder" / "x.xz").write_bytes(b"no xz")
     with pytest.raises(ConfigError, match=message) as caught:
         find(name, tmp_path / text if text else None, tmp_path / val if val else None, 0.1, tmp_path).survey()
     assert "\n" not in str(caught.value)
