@@ -28,7 +28,9 @@ def whole(pieces: Iterable[Piece]) -> list[str]:
     for text, begins, ends in pieces:
         assert begins is not open_
         assert text or ends
-        found.append(text) if begins else found.__setitem__(-1, found[-1] + text)
+        if begins:
+            found.append("")
+        found[-1] += text
         open_ = not ends
     assert not open_
     return found
@@ -71,7 +73,10 @@ def test_pieces_end_between_words_where_there_are_words() -> None:
         assert [piece.text for piece in module._documents(["x" * 40])] == ["x" * 16, "x" * 16, "x" * 8]
 
 
-@given(docs=st.lists(documents, min_size=2, max_size=30, unique_by=str.strip), fraction=st.floats(0.01, 0.99))
+@given(
+    docs=st.lists(documents.map(str.strip), min_size=2, max_size=30, unique_by=lambda text: text[:4]),
+    fraction=st.floats(0.01, 0.99),
+)
 def test_each_document_is_in_one_split_and_its_copies_too(
     tmp_path_factory: pytest.TempPathFactory, docs: list[str], fraction: float
 ) -> None:
