@@ -23,8 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"model", "cache", "config", "checkpoint", "hf", "tokenizer"},
     "hf": {"model", "config"},
     "tokenizer": {"config"},
-    "corpus": {"config"},
-    "data": {"config", "corpus", "tokenizer"},
+    "data": {"config", "tokenizer"},
     "optim": {"config"},
     "parallel": {"config", "model"},
     "checkpoint": {"config", "model", "tokenizer"},
@@ -116,6 +115,7 @@ before = set(sys.modules)
 import tinylm, tinylm.ops, tinylm.cache, tinylm.attention
 from tinylm import PRESETS, ConfigError, ModelConfig, RopeScaling, Transformer, preset
 from tinylm import Decoder, Sampling
+import tinylm.data, tinylm.tokenizer
 Transformer(preset("nano"))
 print(torch.cuda.is_initialized(), sorted((set(sys.modules) - before) & set({OPTIONAL})))
 """
