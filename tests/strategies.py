@@ -254,8 +254,8 @@ class LossCase:
         weight = torch.randn(self.vocab_size, self.dim, generator=draw)
         targets = torch.randint(self.vocab_size, (self.tokens,), generator=draw)
         targets[1:][torch.rand(self.tokens - 1, generator=draw) < self.ignored] = -100
-        leaves = (tensor.to(device, self.dtype).requires_grad_() for tensor in (x, weight))
-        return *leaves, targets.to(device)
+        x, weight = (tensor.to(device, self.dtype).requires_grad_() for tensor in (x, weight))
+        return x, weight, targets.to(device)
 
 
 loss_cases = st.builds(
