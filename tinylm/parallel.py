@@ -48,71 +48,57 @@ class World:
             dist.barrier()
 
 
-class Loss(nn.Module):
-    """A model's loss as a module's forward: the hooks of DDP and FSDP are around forward alone."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens, targets (B, T) int64 -> mean loss, fp32 scalar."""
-        return self.model.loss(tokens, targets)
-
-
 @dataclass(frozen=True)
 class Wrapped:
-    """A model's loss under a kind of parallelism; both are called with tokens and targets, as `Loss` is."""
+    """A model under a kind of parallelism: `module(tokens, targets=targets)` is this rank's loss."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]  # to be differentiated
-    score: Callable[[Tensor, Tensor], Tensor]  # in evaluation: never compiled whole, since shapes and mode differ
-    # Around each backward pass: whether gradients meet those of the other ranks, as they must in a step's last.
+    module: Callable[..., Tensor]  # to be differentiated
+    plain: Callable[..., Tensor]  # to be looked at alone: not compiled whole, since shapes and mode differ
+    # Around each pass: whether its gradients meet those of the other ranks, as they must in a step's last.
     reducing: Callable[[bool], AbstractContextManager[Any]]
 
 
-def _none(loss: Loss, world: World, compiled: bool) -> Wrapped:
-    return Wrapped(torch.compile(loss, dynamic=False) if compiled else loss, loss, lambda last: nullcontext())
+def _none(model: Transformer, world: World, compiled: bool) -> Wrapped:
+    return Wrapped(torch.compile(model, dynamic=False) if compiled else model, model, lambda last: nullcontext())
 
 
-def _ddp(loss: Loss, world: World, compiled: bool) -> Wrapped:
-    on_cpu = world.device.type == "cpu"
-    ddp = nn.parallel.DistributedDataParallel(
-        loss, device_ids=None if on_cpu else [world.device.index], gradient_as_bucket_view=True
-    )
+def _ddp(model: Transformer, world: World, compiled: bool) -> Wrapped:
+    ids = None if world.device.type == "cpu" else [world.device.index]
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     # Around DDP: torch then compiles its buckets one by one, and reduces one while the next is computed.
     module = torch.compile(ddp, dynamic=False) if compiled else ddp
-    return Wrapped(module, loss, lambda last: nullcontext() if last else ddp.no_sync())
+    return Wrapped(module, model, lambda last: nullcontext() if last else ddp.no_sync())
 
 
-def _fsdp(loss: Loss, world: World, compiled: bool) -> Wrapped:
+def _fsdp(model: Transformer, world: World, compiled: bool) -> Wrapped:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    for block in loss.model.blocks:
+    for block in model.blocks:
         if compiled:
             block.compile(dynamic=False)  # by itself: what gathers its tensors stays outside of the graph
         fully_shard(block, mesh=mesh)
-    fully_shard(loss, mesh=mesh)
-    assert isinstance(loss, FSDPModule)
-    sharded: FSDPModule = loss
+    fully_shard(model, mesh=mesh)
+    sharded: Any = model
+    assert isinstance(sharded, FSDPModule)
 
     @contextlib.contextmanager
     def reducing(last: bool) -> Iterator[None]:
         sharded.set_requires_gradient_sync(last)
         yield
 
-    return Wrapped(loss, loss, reducing)
+    return Wrapped(model, model, reducing)
 
 
-KINDS: dict[str, Callable[[Loss, World, bool], Wrapped]] = {"none": _none, "ddp": _ddp, "fsdp": _fsdp}
+KINDS: dict[str, Callable[[Transformer, World, bool], Wrapped]] = {"none": _none, "ddp": _ddp, "fsdp": _fsdp}
 
 
 def wrap(model: Transformer, kind: str, world: World, *, compiled: bool = False) -> Wrapped:
-    """The loss of a model, which is changed in place under fsdp: its parameters become DTensors.
+    """A finished model under a row of KINDS; fsdp changes it in place: its parameters become DTensors.
 
     compiled: by torch.compile, when first called.
     """
-    return KINDS[kind](Loss(model), world, compiled)
+    return KINDS[kind](model, world, compiled)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tinylm.config import PRESETS, ConfigError, ModelConfig, preset
 from tinylm.ops import DEFAULTS, OPS
+from tinylm.optim import schedule
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the blocks' matrices, with adamw for embeddings, head and gains."""
     lr: float = 1e-3
-    """Peak learning rate (of adamw)."""
-    muon_lr: float = 0.02
-    """Peak learning rate of muon's matrices."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Of the learning rate; wsd: warm-up, stable, decay."""
-    warmup: int = 20
-    """Steps of linear warm-up."""
-    decay: int = 0
-    """Last steps, in which wsd falls; 0: a fifth of all."""
+    """Peak learning rate."""
+    muon_lr: float = 0.0
+    """Peak learning rate of muon's matrices; 0: as lr."""
+    schedule: Literal["cosine", "wsd", "wsd-sqrt", "constant"] = "cosine"
+    """Of the learning rate after warm-up; wsd: stable, then decay."""
+    warmup: float = 0.02
+    """Steps of linear warm-up; below 1, a share of all steps."""
+    decay: float = 0.2
+    """Last steps, in which wsd falls; below 1, a share of all steps."""
     final_lr: float = 0.1
     """The last learning rate, as a share of the peak."""
     weight_decay: float = 0.1
@@ -104,25 +105,32 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
         for name in (
             "micro_batch", "warmup", "decay", "weight_decay", "clip", "eval_every", "eval_tokens", "save_every",
-            "peak_flops", "vocab_size", "final_lr", "seed",
+            "peak_flops", "vocab_size", "final_lr", "seed", "muon_lr",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected 0 or more")
-        for name in ("lr", "muon_lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: expected a positive number")
+        if not self.lr > 0:
+            raise ConfigError(f"lr is {self.lr}: expected a positive number")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected a number from 0 up to, not including, 1")
         for op in ("rmsnorm", "linear_cross_entropy"):
             if getattr(self, op) not in OPS[op]:
                 raise ConfigError(f"unknown backend {getattr(self, op)!r} of {op}: use one of {', '.join(OPS[op])}")
+        self.lr_share(0)
         self.shape()
 
     @property
     def run(self) -> Path:
         """The run's folder."""
         return Path(self.out or f"runs/{Path(self.data).stem or 'data'}-{self.preset}")
+
+    def lr_share(self, index: int) -> float:
+        """The learning rate of step `index`, counted from 0, as a share of the peak."""
+        warmup, decay = (round(n * self.steps if n < 1 else n) for n in (self.warmup, self.decay))
+        if not self.schedule.startswith("wsd"):
+            decay = 0
+        return schedule(self.schedule, index, self.steps, warmup=warmup, decay=decay, final=self.final_lr)
 
     def shape(self, vocab_size: int | None = None) -> ModelConfig:
         """The model's config, for a tokenizer of that many ids. Raises ConfigError."""

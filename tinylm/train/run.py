@@ -25,7 +25,7 @@ from torch import Tensor
 from tinylm import checkpoint, data, parallel
 from tinylm.config import ConfigError
 from tinylm.model import Transformer
-from tinylm.optim import make_optimizer, schedule
+from tinylm.optim import make_optimizer, set_lr
 from tinylm.tokenizer import Tokenizer
 from tinylm.train.config import TrainConfig, check_resume
 from tinylm.train.feed import batches, evaluate, prepared
@@ -102,7 +102,7 @@ class _Run:
             self.model,
             config.optimizer,
             lr=config.lr,
-            muon_lr=config.muon_lr,
+            muon_lr=config.muon_lr or None,
             weight_decay=config.weight_decay,
             betas=(config.beta1, config.beta2),
             capturable=config.graph,
@@ -115,7 +115,7 @@ class _Run:
             micro=self.micro,
             room=config.log_every,
             autocast=self.dtype,
-            clip=config.clip,
+            clip_norm=config.clip or None,
             graph=config.graph,
         )
         if config.peak_flops:
@@ -288,23 +288,10 @@ class _Run:
     def _make(self, index: int, batch: Tensor) -> None:
         """Step `index`, counted from 0; returns before the device has made it."""
         config = self.config
-        share = self._lr_share(index)
-        for group in self.optimizer.param_groups:
-            lr = group["initial_lr"] * share
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        set_lr(self.optimizer, config.lr_share(index))
         if self.shape.dropout:
             torch.manual_seed(_mixed(config.seed, index, self.world.rank))
         self._guard(lambda: self.step(batch), index)
-
-    def _lr_share(self, index: int) -> float:
-        config = self.config
-        decay = config.decay or math.ceil(config.steps / 5)
-        return schedule(
-            config.schedule, index, config.steps, warmup=config.warmup, decay=decay, final=config.final_lr
-        )
 
     def _row(self, step: int, started: float) -> dict[str, Any]:
         """The log's row of the steps since the last; waits for the device."""
@@ -322,7 +309,7 @@ class _Run:
             "step": step,
             "tokens": step * config.batch * config.context,
             "seconds": self.seconds,
-            "lr": config.lr * self._lr_share(step - 1),
+            "lr": config.lr * config.lr_share(step - 1),
             "train_loss": sum(losses) / len(losses),
             "grad_norm": norms[-1],
             "tokens_per_s": len(losses) * config.batch * config.context / took,

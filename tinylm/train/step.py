@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinylm.parallel import Wrapped, whole
+from tinylm.optim import clip
+from tinylm.parallel import Wrapped
 
 
 class Step:
     """Changes the weights by one step for each call.
 
     micro: rows of one pass, which divides R. room: how many steps may be made between two reads.
-    autocast: dtype of the matrix products; fp16 scales the loss. clip: most that the gradient's norm may be.
+    autocast: dtype of the matrix products; fp16 scales the loss. clip_norm: most that the gradient's norm may be; None: any.
     graph: capture at `warm_up`, and replay from then on; the optimizer must be capturable.
     """
 
@@ -34,14 +35,13 @@ class Step:
         micro: int,
         room: int,
         autocast: torch.dtype,
-        clip: float,
+        clip_norm: float | None,
         graph: bool = False,
     ) -> None:
         self.wrapped, self.optimizer = wrapped, optimizer
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
-        self.micro, self.autocast = micro, autocast
-        self.clip = clip or float("inf")
+        self.micro, self.autocast, self.clip_norm = micro, autocast, clip_norm
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.rows = torch.zeros(rows, dtype=torch.int64, device=self.device)  # a graph reads its input here
         self.record = torch.zeros(2, room, device=self.device)
@@ -59,13 +59,13 @@ class Step:
     def loss(self, rows: Tensor) -> Tensor:
         """Mean loss of rows (N, T + 1), to be differentiated."""
         with self._cast():
-            return self.wrapped.loss(rows[:, :-1], rows[:, 1:])
+            return self.wrapped.module(rows[:, :-1], targets=rows[:, 1:])
 
     @torch.no_grad()
     def score(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of tokens (N, T) whose target is not -100, to be looked at alone."""
         with self._cast():
-            return self.wrapped.score(tokens, targets)
+            return self.wrapped.plain(tokens, targets=targets)
 
     def _cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
@@ -80,7 +80,7 @@ class Step:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = clip(self.parameters, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.graph is None:
