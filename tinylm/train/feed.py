@@ -69,6 +69,14 @@ def evaluate(
     return nats / scored, nats / math.log(2) / max(stood_for, 1)
 
 
+def check_long_enough(validation: Tokens, context: int) -> None:
+    """Raises ConfigError now, rather than at the first validation, for a split shorter than one window."""
+    try:
+        next(eval_windows(validation, context, 1))
+    except ConfigError as error:
+        raise ConfigError(f"validation split: {error}") from None
+
+
 def prepared(config: TrainConfig) -> Path:
     """The folder of config.data's tokens, made if it is not there yet. Raises ConfigError."""
     path = Path(config.data)

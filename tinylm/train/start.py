@@ -55,14 +55,12 @@ def rows_of_a_rank(config: TrainConfig, world: World, dtype: torch.dtype) -> tup
     return rows, micro
 
 
-def to_resume(config: TrainConfig, world: World) -> checkpoint.Checkpoint | None:
+def to_resume(config: TrainConfig) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; a run that is there is neither overwritten nor mixed with another.
 
     Raises ConfigError, CheckpointError.
     """
     run = config.run
-    if world.main:
-        checkpoint.clean(run)
     there = checkpoint.saved(run)
     if (there or (run / "log.csv").exists()) and not config.resume:
         what = f"checkpoints up to step {checkpoint.step_of(there[-1])}" if there else "a log.csv"

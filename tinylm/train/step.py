@@ -99,9 +99,12 @@ class Step:
         """Compiles, captures, and makes kernels ready, by steps that spoil the state; the seconds it took."""
         start = time.perf_counter()
         self.rows.copy_(rows)
+        # What a model keeps from its first use, such as RoPE's tables, is made here, not by compiled code.
+        self.score(self.rows[:1, :-1], self.rows[:1, 1:])
         if self.graph is None:
             for _ in range(2):
                 self.update()
+                self.place.zero_()
         else:
             self._capture(self.graph)
         self.read()
