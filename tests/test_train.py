@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tokens: str, tmp_path: Path) -> 
     assert checkpoint.load(tmp_path / "run").step == 8
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps is 0"),
     ({"lr": 0.0}, "lr is 0.0"),
     ({"lr": math.nan}, "lr is nan"),
