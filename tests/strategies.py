@@ -229,3 +229,21 @@ def norm_cases(
         "seed": draw(st.integers(0, 2**16)),
     }
     return NormCase(**{**fields, **fixed})
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+# Words that repeat, so that there is something to merge, and anything else that a text may have.
+texts = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["the ", "then", " there", "\n", "\n\n", "  ", "\t", "don't", "1234", "<|endoftext|>", "é", "🙂"]
+        ),
+        st.text(max_size=8),
+    ),
+    max_size=30,
+).map("".join)
+# UTF-8, and bytes that are none, between each other.
+any_bytes = st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=8)), max_size=6).map(b"".join)
+# Documents: no separator inside, and more than whitespace.
+documents = texts.map(lambda text: text.replace("<|endoftext|>", "|")).filter(str.strip)

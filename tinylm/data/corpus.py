@@ -23,8 +23,8 @@ from tinylm.data.download import Remote, fetch
 SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
 READ = 1 << 20  # bytes read at a time
-PIECE = 1 << 18  # characters of a document handed on at a time, at most
-HASHED = 1 << 16  # characters of a document that decide on its split
+PIECE = 1 << 16  # characters of a document handed on at a time, at most; the library takes 256 of them at once
+HASHED = 1 << 14  # characters of a document that decide on its split; surely in its first piece
 
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
