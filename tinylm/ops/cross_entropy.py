@@ -70,8 +70,8 @@ def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor, *, 
         raise TypeError(f"linear_cross_entropy: x is {dtype} and weight {weight.dtype}: give one dtype, or autocast")
     if rows is None:
         rows = rows_of_a_chunk(x.shape[0], weight.shape[0], dtype.itemsize, CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]))
-    grad = torch.is_grad_enabled()
-    total, _, _ = chunked_sum(x, weight, targets, rows, dtype, grad and x.requires_grad, grad and weight.requires_grad)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    total, _, _ = chunked_sum_op(x, weight, targets, rows, dtype, *wanted)
     count = (targets != IGNORED).sum()
     # NaN where nothing counts, but not by 0 / 0, whose gradient would be NaN too.
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
@@ -104,8 +104,6 @@ def _check(x: Any, weight: Any, targets: Any) -> None:
         raise ValueError(f"{op}: x is {list(x.shape)} and targets {list(targets.shape)}: give a target for each row")
 
 
-# An op, so that it is opaque to torch.compile, which would be free to hold all chunks' logits at once.
-@torch.library.custom_op("tinylm::linear_cross_entropy_sum", mutates_args=())
 def chunked_sum(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +170,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@chunked_sum.register_fake
 def _fake_sum(
     x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,4 +198,7 @@ def _backward(ctx: Any, dtotal: Tensor | None, *second: Tensor | None) -> tuple[
     return (*found, None, None, None, None, None)
 
 
-chunked_sum.register_autograd(_backward, setup_context=_setup)
+# An op, so that it is opaque to torch.compile, which would be free to hold all chunks' logits at once.
+chunked_sum_op = torch.library.custom_op("tinylm::linear_cross_entropy_sum", chunked_sum, mutates_args=())
+chunked_sum_op.register_fake(_fake_sum)
+chunked_sum_op.register_autograd(_backward, setup_context=_setup)
