@@ -142,6 +142,22 @@ def test_a_checkpoint_of_another_text_is_an_error(finished: Path, tmp_path: Path
         train(settings_of(prepared(tmp_path, 1000), finished, resume=True))
 
 
+def test_a_checkpoint_of_no_run_is_an_error(tokens: str, finished: Path, tmp_path: Path) -> None:
+    found = checkpoint.load(finished)
+    meta = {"model": found.meta["model"]}
+    checkpoint.save(tmp_path, 3, found.model_state(), {}, meta, found.tokenizer(), keep=1)
+    with pytest.raises(CheckpointError, match="no run to go on with"):
+        train(settings_of(tokens, tmp_path, resume=True))
+
+
+def test_an_optimizer_state_of_another_model_is_an_error(tokens: str, finished: Path, tmp_path: Path) -> None:
+    found = checkpoint.load(finished)
+    state = {name: value for name, value in found.optimizer_state().items() if "embed" not in name}
+    checkpoint.save(tmp_path, 8, found.model_state(), state, found.meta, found.tokenizer(), keep=1)
+    with pytest.raises(CheckpointError, match=r"optimizer's tensors are of others: embed\.weight"):
+        train(settings_of(tokens, tmp_path, resume=True))
+
+
 def test_a_run_that_is_there_is_not_overwritten(tokens: str, finished: Path) -> None:
     before = contents(finished)
     with pytest.raises(ConfigError, match="up to step 8, and nothing was overwritten: give --resume"):
@@ -483,10 +499,14 @@ def test_a_graph_trains_as_the_steps_it_was_captured_from(
     assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_trains_near_fp32(dtype: str, tokens: str, tmp_path: Path) -> None:
+HALVES = [("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp16")]
+
+
+@pytest.mark.parametrize(("device", "dtype"), HALVES, ids="-".join)
+def test_half_precision_trains_near_fp32(device: str, dtype: str, tokens: str, tmp_path: Path) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     for name in ("fp32", dtype):
-        train(settings_of(tokens, tmp_path / name, device="cuda", dtype=name))
-    # A loss near 3 from logits with an error of 2^-8 of their size, about 1, in each of 64 terms.
+        train(settings_of(tokens, tmp_path / name, device=device, dtype=name))
+    # A loss near 3 from logits of about 1, which have an error of 2^-8 of that after each of a few products.
     assert losses(tmp_path / dtype) == pytest.approx(losses(tmp_path / "fp32"), abs=2**-5)

@@ -141,6 +141,9 @@ class _Run:
         """Compiles and captures outside the clock, and leaves the state as it was; the seconds it took."""
         if self.world.device.type == "cpu" and not self.config.compile:
             return 0.0
+        # Each run compiles anew: torch counts how often it compiles the same code, and gives up at the eighth time.
+        if self.config.compile:
+            torch.compiler.reset()
         weights = [parameter.detach().clone() for parameter in self.parameters.values()]
         scaler = self.step.scaler.state_dict()
         started = time.perf_counter()
@@ -164,7 +167,7 @@ class _Run:
             self.step.scaler.load_state_dict(before.meta["scaler"])
 
     def _save(self, step: int, val_loss: float | None, log: Log | None) -> None:
-        weights, state = gather(self.parameters, self.optimizer)
+        weights, state = gather(self.parameters, self.optimizer, kept=log is not None)
         if log is None:
             return
         log.sync()
@@ -176,7 +179,7 @@ class _Run:
             "newest": self.newest,
             "seconds": self.seconds,
             "scaler": self.step.scaler.state_dict(),
-            **self.digests,
+            "digests": self.digests,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         checkpoint.save(self.config.run, step, weights, state, meta, self.tokenizer, keep=self.config.keep)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from tinylm import checkpoint
-from tinylm.config import ConfigError, ModelConfig
+from tinylm.config import CheckpointError, ConfigError, ModelConfig
 from tinylm.parallel import World
 from tinylm.train.config import TrainConfig
 
@@ -68,6 +68,9 @@ def to_resume(config: TrainConfig) -> checkpoint.Checkpoint | None:
     if not there:
         return None
     found = checkpoint.load(run)
+    if missing := {"train", "digests", "seconds", "best", "newest", "scaler"} - found.meta.keys():
+        lacks = ", ".join(sorted(missing))
+        raise CheckpointError(f"{found.path}: no run to go on with, it lacks {lacks}: give another --out")
     before, now = found.meta["train"], dataclasses.asdict(config)
     for name in now:
         if name not in MAY_CHANGE and name in before and before[name] != now[name]:
@@ -80,7 +83,7 @@ def to_resume(config: TrainConfig) -> checkpoint.Checkpoint | None:
 def check_same(before: checkpoint.Checkpoint, digests: dict[str, str], shape: ModelConfig) -> None:
     """Raises ConfigError, which names what differs, unless the text and the model are the checkpoint's."""
     for name, digest in digests.items():
-        if (theirs := before.meta.get(name)) != digest:
+        if (theirs := before.meta["digests"].get(name)) != digest:
             raise ConfigError(f"the {name} has sha256 {digest}, but {before.path} was trained with {theirs}: {ANOTHER}")
     for name, ours in dataclasses.asdict(shape).items():
         if (theirs := before.meta["model"].get(name)) != ours:

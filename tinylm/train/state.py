@@ -13,16 +13,21 @@ from tinylm.parallel import assign, whole
 Named = dict[str, Tensor]
 
 
-def gather(parameters: Named, optimizer: Any) -> tuple[Named, Named]:
+def gather(parameters: Named, optimizer: Any, *, kept: bool) -> tuple[Named, Named]:
     """(weights, optimizer's tensors named "<parameter>/<key>") on the host; every rank must ask for them.
 
     parameters: those that the optimizer has. A model under fsdp shows others while it has its slices gathered.
+    kept: on this rank; else both are empty.
     """
-    weights = {name: whole(parameter.detach()).cpu() for name, parameter in parameters.items()}
-    state = {}
+    weights, state = {}, {}
     for name, parameter in parameters.items():
+        value = whole(parameter.detach())
+        if kept:
+            weights[name] = value.cpu()
         for key, value in optimizer.state[parameter].items():
-            state[f"{name}/{key}"] = whole(value).cpu()
+            value = whole(value)
+            if kept:
+                state[f"{name}/{key}"] = value.cpu()
     return weights, state
 
 
