@@ -34,7 +34,9 @@ from tinylm.ops.cross_entropy import (
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 DEVICES = ("cpu", "cuda")
-LARGE = LossCase(tokens=300, dim=64, vocab_size=9001, dtype=torch.bfloat16, ignored=0.1, rows=128)  # two blocks a row
+LARGE = LossCase(
+    tokens=300, dim=64, vocab_size=9001, dtype=torch.bfloat16, ignored=0.1, rows=128
+)  # a row of several blocks
 
 
 def needs(device: str) -> None:

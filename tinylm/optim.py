@@ -183,10 +183,8 @@ def _gathered(update: Tensor, p: Any) -> Tensor:
         return update
     from torch.distributed.tensor import DTensor
 
-    whole = DTensor.from_local(
-        update, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    ).full_tensor()
-    return whole
+    where = {"device_mesh": p.device_mesh, "placements": p.placements, "shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(update, **where, run_check=False).full_tensor()
 
 
 def _shard(whole: Tensor, p: Any) -> Tensor:
