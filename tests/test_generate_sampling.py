@@ -154,7 +154,7 @@ def test_values_that_cannot_work_are_errors_in_one_line() -> None:
         ({"top_p": 1.5}, "top_p is 1.5"),
     ):
         with pytest.raises(ConfigError, match=words) as error:
-            Sampling(**values)  # type: ignore[arg-type]
+            Sampling(**values)
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="no noise"):
         select(torch.zeros(1, 2), Sampling(1.0))
