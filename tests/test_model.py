@@ -347,9 +347,9 @@ def counting(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
     def row(op: str) -> Any:
         def call(*arguments: Any) -> Any:
             calls[op] += 1
-            return torch_row(*arguments)
+            return default(*arguments)
 
-        torch_row = ops.get(op, "torch")
+        default = ops.get(op, ops.DEFAULTS[op])
         return call
 
     for op in names:
@@ -360,15 +360,19 @@ def counting(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
 @pytest.mark.parametrize(("placement", "alone"), [("pre", 1), ("post", 0)])
 def test_the_chosen_backends_are_the_ones_that_run(placement: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend of rmsnorm is that of add_rmsnorm too; a norm has no sum before it only where the model begins."""
-    calls = counting(monkeypatch, "rmsnorm", "add_rmsnorm", "linear")
+    calls = counting(monkeypatch, *ops.OPS)
     config = preset("nano", tied=False, norm_placement=placement)
-    model = Transformer(config, ops={"rmsnorm": "counting", "linear": "counting"})
-    assert model.ops == {"rmsnorm": "counting", "add_rmsnorm": "counting", "linear": "counting"}
+    model = Transformer(config, ops={op: "counting" for op in ops.OPS if op != "add_rmsnorm"})
+    assert model.ops == dict.fromkeys(ops.OPS, "counting")
     model(torch.zeros(1, 2, dtype=torch.int64))
-    assert calls == {"rmsnorm": alone, "add_rmsnorm": 4, "linear": 4 * 2 + 1}
+    passes = {"rmsnorm": alone, "add_rmsnorm": 4, "linear": 4 * 2 + 1, "linear_cross_entropy": 0}
+    assert calls == passes
     batch = Batch.at(torch.zeros(1, 2, dtype=torch.int64), 0)
     model.step(batch, model.new_cache())
-    assert calls == {"rmsnorm": 2 * alone, "add_rmsnorm": 8, "linear": 2 * (4 * 2 + 1)}
+    assert calls == {op: 2 * count for op, count in passes.items()}
+    model.loss(batch.tokens, batch.tokens)
+    # The head is the loss's own.
+    assert calls == {"rmsnorm": 3 * alone, "add_rmsnorm": 12, "linear": 3 * 4 * 2 + 2, "linear_cross_entropy": 1}
 
 
 def test_a_backend_of_add_rmsnorm_is_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ never leaves half of one under its name. Tensors are safetensors and the rest is
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -112,7 +111,9 @@ def save(
         files = {name: _fingerprint(temporary / name) for name in (MODEL, STATE, TOKENIZER)}
         content = {"format": FORMAT, "step": step, **meta, "files": files}
         (temporary / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        mode = (temporary / META).stat().st_mode
         for name in (*files, META):
+            (temporary / name).chmod(mode)  # safetensors makes its files private
             _sync(temporary / name)
         _sync(temporary)
         if path.exists():  # of a run that was resumed from an earlier one
@@ -193,11 +194,6 @@ def fill(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], origin:
             found, expected = list(stored[name].shape), list(parameter.shape)
             raise CheckpointError(f"{origin}: {name} has shape {found}; its model has {expected}")
         parameter.copy_(stored[name])
-
-
-def model_meta(config: ModelConfig) -> dict[str, Any]:
-    """The JSON form of a config, which `Checkpoint.config` reads."""
-    return dataclasses.asdict(config)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

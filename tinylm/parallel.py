@@ -42,6 +42,10 @@ class World:
             values /= self.size
         return values
 
+    def own_random(self) -> AbstractContextManager[None]:
+        """Leaves torch's random generators, at the end, as they were before."""
+        return torch.random.fork_rng(devices=[self.device.index] if self.device.type == "cuda" else [])
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
@@ -158,7 +162,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(tensor: Tensor, value: Tensor) -> None:
+def assign(tensor: Any, value: Tensor) -> None:
     """Copies a whole `value`, the same on every rank, into a tensor of which this rank may hold a slice."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor

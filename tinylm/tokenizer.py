@@ -103,12 +103,7 @@ class Tokenizer:
         try:
             saved = path.read_text(encoding="utf-8")
             found = json.loads(saved)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as a tokenizer: {error}") from None
-        if isinstance(found, dict) and found.get("kind") == "char":
-            return Characters(saved)
-        try:
-            return BPE(saved)
+            return Characters(saved) if found.get("kind") == "char" else BPE(saved)
         except Exception as error:  # what the library raises has no narrower class
             raise ConfigError(f"{path}: cannot be read as a tokenizer: {error}") from None
 
@@ -136,10 +131,9 @@ class BPE(Tokenizer):
         """The tokens of a text, or of a run of escaped bytes."""
         if not _ESCAPED.match(run):
             return self._model.encode(run, add_special_tokens=False).ids
-        if not self._byte_level:
+        if self._byte_ids is None:
             raise ConfigError("the text is no UTF-8, and this tokenizer is not byte-level: use one of ours")
-        vocabulary = self._model.get_vocab()
-        return [vocabulary[BYTE_TO_CHAR[byte]] for byte in run.encode("utf-8", "surrogateescape")]
+        return [self._byte_ids[byte] for byte in run.encode("utf-8", "surrogateescape")]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         self._model.encode_special_tokens = True
@@ -149,18 +143,19 @@ class BPE(Tokenizer):
         return [np.array(self.encode(text), self.dtype) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        if self._byte_level:
+        if self._byte_ids is not None:
             return super().decode(ids)
         return self._model.decode([int(id) for id in ids], skip_special_tokens=True)
 
     @functools.cached_property
-    def _byte_level(self) -> bool:
-        vocabulary = self._model.get_vocab()
-        return all(char in vocabulary for char in BYTE_TO_CHAR)
+    def _byte_ids(self) -> list[int] | None:
+        """The tokens of single bytes; None where not every byte has one: then the tokenizer is not byte-level."""
+        ids = [id for id in map(self._model.token_to_id, BYTE_TO_CHAR) if id is not None]
+        return ids if len(ids) == 256 else None
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
-        if not self._byte_level:
+        if self._byte_ids is None:
             raise ConfigError("this tokenizer is not byte-level: its tokens are no bytes by themselves; use decode")
         added = self._model.get_added_tokens_decoder()
         byte_of = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
@@ -222,13 +217,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pre: str = "byte_level")
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_BPE:
-        raise ConfigError(
-            f"vocab_size is {vocab_size}: a byte-level vocabulary needs the 256 bytes and {EOT}, "
-            f"give at least {SMALLEST_BPE}"
-        )
-    if pre not in PRE_TOKENIZERS:
-        raise ConfigError(f"unknown pre-tokenization {pre!r}: use one of {', '.join(PRE_TOKENIZERS)}")
+    check_bpe(vocab_size, pre)
     model = tokenizers.Tokenizer(models.BPE())
     pattern = PRE_TOKENIZERS[pre]
     if pattern is None:
@@ -246,6 +235,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pre: str = "byte_level")
     )
     model.train_from_iterator(_utf8_runs(texts), trainer)
     return BPE(model.to_str())
+
+
+def check_bpe(vocab_size: int, pre: str) -> None:
+    """Raises ConfigError for what `train_bpe` cannot do."""
+    if vocab_size < SMALLEST_BPE:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}: a byte-level vocabulary needs the 256 bytes and {EOT}, "
+            f"give at least {SMALLEST_BPE}"
+        )
+    if pre not in PRE_TOKENIZERS:
+        raise ConfigError(f"unknown pre-tokenization {pre!r}: use one of {', '.join(PRE_TOKENIZERS)}")
 
 
 def train_char(texts: Iterable[str], *, eot: bool = False) -> Tokenizer:

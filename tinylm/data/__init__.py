@@ -6,7 +6,7 @@ windows from it, `eval_windows` cuts it for evaluation.
 
 from __future__ import annotations
 
-from tinylm.data.prepare import prepare
+from tinylm.data.preparation import prepare
 from tinylm.data.tokens import Tokens
 from tinylm.data.windows import Sampler, eval_windows
 

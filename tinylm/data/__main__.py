@@ -9,7 +9,7 @@ import typer
 
 from tinylm.config import ConfigError
 from tinylm.data.corpus import SOURCES, STDLIB
-from tinylm.data.prepare import TOKENIZERS, prepare
+from tinylm.data.preparation import TOKENIZERS, prepare
 from tinylm.data.tokens import manifest
 from tinylm.tokenizer import PRE_TOKENIZERS
 

@@ -23,6 +23,7 @@ from tinylm.config import ConfigError
 
 CHUNK = 1 << 20  # bytes
 TRIES = 5  # connections, each going on where the last one broke off
+FAILED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 TIMEOUT = 60.0  # seconds without a byte
 
 
@@ -40,25 +41,41 @@ def fetch(remote: Remote, folder: Path) -> str:
 
     Raises ConfigError, which says what to do, where the file cannot be had, written or trusted.
     """
+    import filelock
+
     path, record = folder / remote.name, folder / f"{remote.name}.json"
     recorded = _read(record)
     expected = remote.sha256 or recorded.get("sha256")
+    origin = "that is published" if remote.sha256 else f"of the first download (remove {record} to accept another file)"
     if path.exists() and expected and recorded.get("stamp") == _stamp(path):
         return expected  # looked at before, and not touched since
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _download(remote.url, path)
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if expected and found != expected:
-            source = "published" if remote.sha256 else f"recorded in {record}, which you may remove to accept another"
-            raise ConfigError(f"{path} has sha256 {found}, but {expected} is {source}: remove the file to load it anew")
-        _write(record, {"url": remote.url, "sha256": found, "stamp": _stamp(path)})
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two processes that appended to one part would spoil it.
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                part = path.with_name(f"{path.name}.part")
+                _download(remote.url, part)
+                if expected and (found := _sha256(part)) != expected:
+                    part.unlink()
+                    raise ConfigError(
+                        f"{remote.url} came with sha256 {found}, not the one {origin}, {expected}: "
+                        f"try again, or put the right file there yourself, as {path}"
+                    )
+                os.replace(part, path)
+                _state(part).unlink(missing_ok=True)
+            found = _sha256(path)
+            if expected and found != expected:
+                raise ConfigError(
+                    f"{path} has sha256 {found}, not the one {origin}, {expected}: "
+                    "remove the file to load it anew, or give it as a local text"
+                )
+            _write(record, {"url": remote.url, "sha256": found, "stamp": _stamp(path)})
     except FAILED as error:
+        reason = error.reason if type(error) is urllib.error.URLError else error
         raise ConfigError(
-            f"{remote.url} cannot be loaded ({getattr(error, 'reason', None) or error}): "
-            f"try again to go on where it stopped, put the file there yourself, as {path}, or give a local text"
+            f"{remote.url} cannot be loaded ({reason}): try again to go on where it stopped, "
+            f"put the file there yourself, as {path}, or use --text with a text of your own"
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -68,29 +85,22 @@ def fetch(remote: Remote, folder: Path) -> str:
     return found
 
 
-def _download(url: str, path: Path) -> None:
-    import filelock
+def _download(url: str, part: Path) -> None:
+    """All of the file into `part`, over as many connections as bring something new."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    part = path.with_name(f"{path.name}.part")
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-    # Two processes that appended to one part would spoil it.
-    with filelock.FileLock(f"{part}.lock"), progress:
-        if path.exists():  # another process was faster
-            return
-        task = progress.add_task(path.name, total=None)
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(part.stem, total=None)
         for _ in range(TRIES):
             before = _size(part)
             with contextlib.suppress(ConnectionError, TimeoutError, http.client.IncompleteRead):
                 if _transfer(url, part, lambda done, total: progress.update(task, completed=done, total=total)):
-                    os.replace(part, path)
-                    _state(part).unlink(missing_ok=True)
                     return
             if _size(part) == before:
                 break
-        raise ConnectionError(f"the connection broke off, after {_size(part)} bytes")
+        raise ConnectionError(f"the connection broke off after {_size(part)} bytes")
 
 
 def _transfer(url: str, part: Path, report: Callable[[int, int | None], object]) -> bool:
@@ -124,14 +134,18 @@ def _transfer(url: str, part: Path, report: Callable[[int, int | None], object])
                 # Only now, when nothing of another file is left in the part.
                 _write(_state(part), {"url": url, "validator": validator})
             report(have, total)
-            while data := response.read(CHUNK):
+            while data := _received(response):
                 file.write(data)
                 have += len(data)
                 report(have, total)
         return total is None or have == total
 
 
-FAILED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+def _received(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(CHUNK)
+    except OSError as error:  # also TLS's, which would look like the disk's
+        raise ConnectionError(error) from None
 
 
 def _validator(headers: http.client.HTTPMessage) -> str | None:
@@ -142,6 +156,11 @@ def _validator(headers: http.client.HTTPMessage) -> str | None:
 
 def _state(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

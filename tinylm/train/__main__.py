@@ -15,27 +15,25 @@ from tinylm import parallel
 from tinylm.config import CheckpointError, ConfigError
 from tinylm.train import Result, TrainConfig, TrainingStopped, train
 
-# What the table shows of a Result, and how.
+# What the table shows of a Result: its column, and how.
 SHOWN = {
-    "train_loss": "{:.4f}",
-    "val_loss": "{:.4f}",
-    "bits_per_byte": "{:.4f}",
-    "best_val_loss": "{:.4f}",
-    "seconds": "{:.2f}",
-    "tokens_per_s": "{:,.0f}",
-    "mfu": "{:.1%}",
-    "compile_seconds": "{:.1f}",
+    "train_loss": ("loss", "{:.4f}"),
+    "val_loss": ("val loss", "{:.4f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "best_val_loss": ("best val", "{:.4f}"),
+    "seconds": ("s", "{:.2f}"),
+    "tokens_per_s": ("tok/s", "{:,.0f}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "compile_seconds": ("compile s", "{:.1f}"),
 }
+STOPS = (ConfigError, CheckpointError, TrainingStopped)  # each with one line for the user
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 where a run could not start or go on, of which stderr has a line."""
     try:
-        configs = sweep(flags(arguments))
-        for config in configs.values():
-            config.__post_init__  # placeholder
-        return _all(configs)
-    except (ConfigError, CheckpointError, TrainingStopped) as error:
+        return _all(sweep(flags(arguments)))
+    except (*STOPS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -44,17 +42,18 @@ def flags(arguments: Sequence[str] | None) -> dict[str, Any]:
     """Each field of TrainConfig: a tuple of values, or, of a field that is on or off, one."""
     import tyro
 
-    hints = typing.get_type_hints(TrainConfig)
+    types: dict[str, Any] = typing.get_type_hints(TrainConfig)
     fields: list[Any] = []
     for field in dataclasses.fields(TrainConfig):
-        if hints[field.name] is bool:
+        one = types[field.name]
+        if one is bool:
             fields.append((field.name, bool, field.default))
         else:
-            fields.append((field.name, tuple[hints[field.name], ...], dataclasses.field(default=(field.default,))))
+            fields.append((field.name, tuple.__class_getitem__((one, ...)), dataclasses.field(default=(field.default,))))
     # Below TrainConfig, where tyro finds what each field means; its checks are for single values.
     namespace = {"__post_init__": lambda self: None, "__doc__": __doc__}
     several = dataclasses.make_dataclass("Flags", fields, bases=(TrainConfig,), frozen=True, namespace=namespace)
-    given = tyro.cli(several, prog="python -m tinylm.train", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    given: Any = tyro.cli(several, prog="python -m tinylm.train", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     return {field.name: getattr(given, field.name) for field in dataclasses.fields(TrainConfig)}
 
 
@@ -95,7 +94,7 @@ def _all(configs: dict[str, TrainConfig]) -> int:
             row: dict[str, Any] = {"name": name or config.run.name}
             try:
                 row |= dataclasses.asdict(train(config))
-            except (ConfigError, CheckpointError, TrainingStopped) as error:
+            except STOPS as error:
                 if len(configs) == 1:
                     raise
                 row["error"] = str(error)  # the others may do better
@@ -110,17 +109,18 @@ def _all(configs: dict[str, TrainConfig]) -> int:
 
 def _table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     finished = [row for row in rows if "error" not in row]
-    table = Table("run", *(name.replace("_", " ") for name in SHOWN))
+    table = Table(Column("run", no_wrap=True), *(column for column, _ in SHOWN.values()))
     for row in sorted(finished, key=lambda row: row["val_loss"]):
-        table.add_row(row["name"], *("" if row[k] is None else form.format(row[k]) for k, form in SHOWN.items()))
-    for row in rows:
-        if "error" in row:
-            table.add_row(row["name"], row["error"])
+        cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in SHOWN.items())
+        table.add_row(row["name"], *cells)
     console = Console()
     console.print(table)
+    for row in rows:
+        if "error" in row:
+            console.print(f"{row['name']} stopped: {row['error']}", highlight=False)
     for row in finished[:1]:
         console.print(f"MFU is of {row['peak_flops'] / 1e12:,.3g} TFLOP/s ({row['peak_source']}).")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +136,7 @@ class TrainConfig:
         changed = {"dropout": self.dropout, "context": self.context, **_overrides(self.model)}
         if vocab_size is not None and changed.setdefault("vocab_size", vocab_size) < vocab_size:
             raise ConfigError(
-                f"vocab_size={changed['vocab_size']} is smaller than the tokenizer's {vocab_size} ids: give at least that"
+                f"vocab_size={changed['vocab_size']} is less than the tokenizer's {vocab_size} ids: give at least that"
             )
         config = preset(self.preset, **changed)
         longest = PRESETS[self.preset].context
@@ -147,26 +146,6 @@ class TrainConfig:
                 f"give at most {longest}, or a preset with rope"
             )
         return config
-
-
-# What a resumed run may set anew. The rest decides which weights come out, and must be as it was; of the data, the
-# digest must.
-MAY_CHANGE = {
-    "data", "out", "resume", "tokenizer", "vocab_size", "steps", "micro_batch", "dtype", "compile", "graph", "rmsnorm",
-    "linear_cross_entropy", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "parallel", "device",
-    "peak_flops",
-}  # fmt: skip
-
-
-def check_resume(config: TrainConfig, before: dict[str, Any], origin: Path) -> None:
-    """Raises ConfigError, which names the fields, unless `config` may go on with a run whose config was `before`."""
-    now = dataclasses.asdict(config)
-    for name in now.keys() - MAY_CHANGE:
-        if name in before and before[name] != now[name]:
-            raise ConfigError(
-                f"{name} is {now[name]!r}, but {origin} was trained with {before[name]!r}: "
-                "give that, or another --out for a new run"
-            )
 
 
 def _overrides(text: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tinylm.train.config import TrainConfig
 AHEAD = 4  # batches that are ready before their step
 
 
-def batches(sampler: Sampler, steps: range, *, batch: int, first: int, count: int, pin: bool) -> Iterator[Tensor]:
+def batches(sampler: Sampler, steps: range, *, batch: int, first: int, count: int, pin: bool) -> Generator[Tensor]:
     """A rank's rows of each step's batch, (count, context + 1) int64 on the host, prepared by a thread.
 
     Step s has the global samples s * batch to (s + 1) * batch - 1, of which a rank takes `count` from `first`

@@ -27,6 +27,7 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         """Continues the file after `step`: rows of later steps are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:

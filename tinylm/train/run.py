@@ -23,18 +23,16 @@ import torch
 from torch import Tensor
 
 from tinylm import checkpoint, data, parallel
-from tinylm.config import ConfigError
 from tinylm.model import Transformer
 from tinylm.optim import make_optimizer, set_lr
 from tinylm.tokenizer import Tokenizer
-from tinylm.train.config import TrainConfig, check_resume
+from tinylm.train.config import TrainConfig
 from tinylm.train.feed import batches, evaluate, prepared
 from tinylm.train.log import Bar, Log
 from tinylm.train.peak import peak_flops
+from tinylm.train.start import check_same, dtype_of, rows_of_a_rank, to_resume
 from tinylm.train.state import gather, restore
 from tinylm.train.step import Step, is_out_of_memory
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TrainingStopped(RuntimeError):
@@ -67,18 +65,17 @@ def train(config: TrainConfig) -> Result:
     Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be read or
     written, TrainingStopped where the loss is no number or the batch does not fit.
     """
-    with parallel.ranks(config.parallel, config.device) as world:
-        # Weights and dropout draw from torch's own generators, which the caller may use too.
-        with torch.random.fork_rng(devices=[world.device.index] if world.device.type == "cuda" else []):
-            return _Run(config, world).go()
+    # Weights and dropout draw from torch's own generators, which the caller may use too.
+    with parallel.ranks(config.parallel, config.device) as world, world.own_random():
+        return _Run(config, world).go()
 
 
 class _Run:
     def __init__(self, config: TrainConfig, world: parallel.World) -> None:
         self.config, self.world = config, world
-        self.dtype = _dtype(config, world.device)
-        self._check()
-        before = self._before()
+        self.dtype = dtype_of(config, world.device)
+        self.per_rank, self.micro = rows_of_a_rank(config, world, self.dtype)
+        before = to_resume(config, world)
         if not world.main:
             world.wait()  # until the first rank has prepared the text
         folder = prepared(config)
@@ -89,8 +86,13 @@ class _Run:
         self.tokenizer = Tokenizer.load(folder)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes().astype(np.int64))
         self.shape = config.shape(self.tokenizer.vocab_size)
+        self.digests = {
+            "tokenizer": self.tokenizer.digest,
+            "training text": self.text.digest,
+            "validation text": self.validation.digest,
+        }
         if before is not None:
-            self._check_same(before)
+            check_same(before, self.digests, self.shape)
 
         torch.manual_seed(config.seed)
         backends = {"rmsnorm": config.rmsnorm, "linear_cross_entropy": config.linear_cross_entropy}
@@ -123,68 +125,11 @@ class _Run:
         else:
             self.peak, self.peak_source = peak_flops(world.device, self.dtype)
         self.done, self.seconds = 0, 0.0
-        self.best: dict[str, Any] | None = None  # step and val_loss of the best validation
-        self.newest: dict[str, Any] | None = None  # the row of the newest validation
+        self.best: dict[str, Any] = {}  # step and val_loss of the best validation
+        self.newest: dict[str, Any] = {}  # what the newest validation added to its row
         self.compile_seconds = self._warm_up()
         if before is not None:
             self._restore(before)
-
-    # --- whether it can start ----------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        config, world = self.config, self.world
-        if config.batch % world.size:
-            raise ConfigError(f"batch {config.batch} is no multiple of the {world.size} ranks: give one that is")
-        self.per_rank = config.batch // world.size
-        self.micro = config.micro_batch or self.per_rank
-        if self.per_rank % self.micro:
-            raise ConfigError(
-                f"micro_batch {self.micro} does not divide the {self.per_rank} sequences of a rank "
-                f"(batch {config.batch} over ranks {world.size}): give a divisor"
-            )
-        if self.dtype == torch.float16 and world.device.type == "cpu":
-            raise ConfigError("dtype fp16 is for GPUs: give fp32 or bf16 on the CPU")
-        if self.dtype == torch.float16 and (config.graph or config.parallel == "fsdp"):
-            raise ConfigError("dtype fp16 scales the loss, which neither graph nor fsdp can: give bf16 or fp32")
-        if config.graph and (world.device.type != "cuda" or config.parallel != "none"):
-            raise ConfigError(
-                f"graph is for one process on a CUDA device, and this is parallel {config.parallel} on "
-                f"{world.device.type}: leave --graph out"
-            )
-
-    def _before(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to go on from; a run that is there is neither overwritten nor mixed with another."""
-        run = self.config.run
-        if self.world.main:
-            checkpoint.clean(run)
-        there = checkpoint.saved(run)
-        if (there or (run / "log.csv").exists()) and not self.config.resume:
-            what = f"checkpoints up to step {checkpoint.step_of(there[-1])}" if there else "a log.csv"
-            raise ConfigError(f"{run} has {what}, and nothing was overwritten: give --resume, or another --out")
-        if not there:
-            return None
-        found = checkpoint.load(run)
-        check_resume(self.config, found.meta["train"], found.path)
-        if found.step > self.config.steps:
-            raise ConfigError(f"steps is {self.config.steps}, but {found.path} has {found.step} behind it: give more")
-        return found
-
-    def _check_same(self, before: checkpoint.Checkpoint) -> None:
-        """Raises ConfigError, which names what differs, unless the text and the model are the checkpoint's."""
-        hint = "give the same, or another --out for a new run"
-        for name, digest in self._digests().items():
-            if (theirs := before.meta.get(name)) != digest:
-                raise ConfigError(f"the {name} has sha256 {digest}, but {before.path} was trained with {theirs}: {hint}")
-        for name, ours in checkpoint.model_meta(self.shape).items():
-            if (theirs := before.meta["model"].get(name)) != ours:
-                raise ConfigError(f"the model's {name} is {ours!r}, but that of {before.path} is {theirs!r}: {hint}")
-
-    def _digests(self) -> dict[str, str]:
-        return {
-            "tokenizer": self.tokenizer.digest,
-            "training text": self.text.digest,
-            "validation text": self.validation.digest,
-        }
 
     # --- its state ---------------------------------------------------------------------------------------------------
 
@@ -220,14 +165,14 @@ class _Run:
             return
         log.sync()
         meta = {
-            "model": checkpoint.model_meta(self.shape),
+            "model": dataclasses.asdict(self.shape),
             "train": dataclasses.asdict(self.config),
             "val_loss": val_loss,
             "best": self.best,
             "newest": self.newest,
             "seconds": self.seconds,
             "scaler": self.step.scaler.state_dict(),
-            **self._digests(),
+            **self.digests,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         checkpoint.save(self.config.run, step, weights, state, meta, self.tokenizer, keep=self.config.keep)
@@ -236,7 +181,8 @@ class _Run:
 
     def go(self) -> Result:
         config, world = self.config, self.world
-        started_at, seconds_before, row = self.done, self.seconds, None
+        started_at, seconds_before = self.done, self.seconds
+        row: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(closing(Log(config.run / "log.csv", self.done))) if world.main else None
             bar = stack.enter_context(Bar(config.run, config.steps, self.done, shown=world.main))
@@ -262,20 +208,19 @@ class _Run:
                     saves |= self._validate(row)
                 if log is not None:
                     log.write(row)
-                bar.show(row, self.newest and self.newest["val_loss"])
+                bar.show(row, self.newest.get("val_loss"))
                 if saves:
                     self._save(step, row.get("val_loss"), log)
                 started = time.perf_counter()
         made, seconds = config.steps - started_at, self.seconds - seconds_before
-        newest, best = self.newest or {}, self.best or {}
         return Result(
             run=config.run,
             steps=config.steps,
-            train_loss=row and row["train_loss"],
-            val_loss=newest.get("val_loss"),
-            bits_per_byte=newest.get("bits_per_byte"),
-            best_val_loss=best.get("val_loss"),
-            best_step=best.get("step"),
+            train_loss=row.get("train_loss"),
+            val_loss=self.newest.get("val_loss"),
+            bits_per_byte=self.newest.get("bits_per_byte"),
+            best_val_loss=self.best.get("val_loss"),
+            best_step=self.best.get("step"),
             seconds=self.seconds,
             tokens_per_s=made * config.batch * config.context / seconds if made else None,
             mfu=made * self.flops / seconds / self.peak / world.size if made else None,
@@ -303,7 +248,7 @@ class _Run:
             # Of fp16's gradients some are not finite while the scale is found: those steps change nothing.
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.step.scaler.is_enabled()):
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-                raise TrainingStopped(f"{what} at step {number}; {self._left()}: go on with a lower --lr")
+                raise TrainingStopped(f"{what} at step {number}; {self._left()}: start another run with a lower --lr")
         self.seconds += took
         return {
             "step": step,
@@ -337,7 +282,7 @@ class _Run:
         self.model.train()
         self.newest = {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
         row.update(self.newest)
-        improves = self.best is None or loss < self.best["val_loss"]
+        improves = loss < self.best.get("val_loss", math.inf)
         if improves:
             self.best = {"step": row["step"], "val_loss": loss}
         return improves
@@ -353,7 +298,9 @@ class _Run:
             if not is_out_of_memory(error):
                 raise
         # Here, because an exception that is being handled keeps the tensors of its frames.
-        told = f"{self.micro} sequences of {self.config.context} tokens do not fit into the memory of {self.world.device}"
+        told = (
+            f"{self.micro} sequences of {self.config.context} tokens do not fit into the memory of {self.world.device}"
+        )
         if self.world.size > 1:  # alone, this rank cannot try any
             raise TrainingStopped(f"{told} (step {index + 1}); {self._left()}: give a smaller --micro-batch")
         sizes = [self.micro]
@@ -376,12 +323,3 @@ def _due(step: int, every: int) -> bool:
 def _mixed(*numbers: int) -> int:
     """A seed that differs wherever one of the numbers does."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Of matrix products. Emulated bf16 does not count: a card before compute capability 8.0 gets fp16."""
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

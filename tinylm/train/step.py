@@ -21,7 +21,7 @@ class Step:
     """Changes the weights by one step for each call.
 
     micro: rows of one pass, which divides R. room: how many steps may be made between two reads.
-    autocast: dtype of the matrix products; fp16 scales the loss. clip_norm: most that the gradient's norm may be; None: any.
+    autocast: dtype of the matrix products; fp16 scales the loss. clip_norm: most that the gradient's norm may be.
     graph: capture at `warm_up`, and replay from then on; the optimizer must be capturable.
     """
 

@@ -7,6 +7,7 @@ to see how they can be split, to train the tokenizer on the training split, to b
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -21,11 +22,12 @@ import numpy as np
 from tinylm.config import ConfigError
 from tinylm.data.corpus import SOURCES, SPLITS, Corpus, Piece, find
 from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, manifest
-from tinylm.tokenizer import Tokenizer, train_bpe, train_char
+from tinylm.tokenizer import Tokenizer, check_bpe, train_bpe, train_char
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+VOCAB_SIZE = 4096  # of a BPE over a text without a usual one
 TOKENIZERS = ("bpe", "char")
 BATCH = 1 << 21  # characters encoded at a time: enough for many cores, and some 200 MB inside the library
 SHARD_TOKENS = 1 << 27  # 256 MiB as uint16
@@ -59,27 +61,33 @@ def prepare(
     Raises ConfigError for what cannot be read, written or made, and for a folder with anything else in it.
     """
     usual = SOURCES.get(source or "")
-    tokenizer = tokenizer or (usual.tokenizer if usual else "bpe")
-    vocab_size = vocab_size or (usual.vocab_size if usual else 4096)
+    if tokenizer is None:
+        tokenizer = usual.tokenizer if usual else "bpe"
+    if vocab_size is None:
+        vocab_size = usual.vocab_size if usual else VOCAB_SIZE
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"unknown tokenizer {tokenizer!r}: use one of {', '.join(TOKENIZERS)}")
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}: expected a share between 0 and 1")
-    corpus = find(source, text, val_text, val_fraction, home() / "downloads")
     settings: dict[str, Any] = {"tokenizer": tokenizer}
     if tokenizer == "bpe":
+        check_bpe(vocab_size, pre)
         settings |= {"vocab_size": vocab_size, "pre": pre}
-    if not corpus.val:
-        settings["val_fraction"] = val_fraction
-    identity = {"format": FORMAT, "source": corpus.name, "sha256": corpus.digest, "settings": settings}
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    target = Path(folder) if folder else home() / "data" / f"{corpus.name}-{tokenizer}-{key}"
-    if _is_prepared(target, identity):
-        return target
     try:
-        _make(target, corpus, identity, progress)
+        corpus = find(source, text, val_text, val_fraction, home() / "downloads")
+        if not corpus.val:
+            settings["val_fraction"] = val_fraction
+        identity = {"format": FORMAT, "text": corpus.digest, "settings": settings}
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        target = Path(folder) if folder else home() / "data" / f"{corpus.name}-{tokenizer}-{key}"
+        if not _is_prepared(target, identity):
+            _make(target, corpus, identity, progress)
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror}): make room, or name another folder") from None
+        where = error.filename or "the prepared data"
+        raise ConfigError(
+            f"{where} cannot be read or written ({error.strerror}): make room, or name another folder; "
+            "nothing is left half-done"
+        ) from None
     return target
 
 
@@ -96,34 +104,46 @@ def _is_prepared(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _make(target: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:
-    part = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    part.mkdir(parents=True)
-    try:
-        with _bar(progress) as bar:
-            corpus.survey(_task(bar, "read"))
-            pieces = corpus.pieces("train", _task(bar, "train tokenizer"))
-            tokenizer = _train(identity["settings"], (piece.text for piece in pieces), eot=corpus.separated)
-            tokenizer.save(part)
-            splits = {}
-            for split in SPLITS:
-                pieces = corpus.pieces(split, _task(bar, f"encode {split}"))
-                splits[split] = _encode(part, split, tokenizer, pieces, corpus.separated)
-        described = {
-            **identity,
-            "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": np.dtype(tokenizer.dtype).name,
-            "shard_tokens": SHARD_TOKENS,
-            "splits": splits,
-        }
-        (part / MANIFEST).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    import filelock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that want the same, such as the ranks of a run, one works and the others wait.
+    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+        if _is_prepared(target, identity):
+            return
+        # What a killed process left.
+        for old in target.parent.glob(glob.escape(f".{target.name}.") + "????????.part"):
+            shutil.rmtree(old)
+        # A name of its own, for file systems whose locks do not hold.
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        part.mkdir()
         try:
+            _fill(part, corpus, identity, progress)
             os.rename(part, target)
-        except OSError:
-            if not _is_prepared(target, identity):  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _fill(folder: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:
+    with _bar(progress) as bar:
+        corpus.survey(_task(bar, "read"))
+        pieces = corpus.pieces("train", _task(bar, "train tokenizer"))
+        tokenizer = _train(identity["settings"], (piece.text for piece in pieces), eot=corpus.separated)
+        tokenizer.save(folder)
+        splits = {}
+        for split in SPLITS:
+            pieces = corpus.pieces(split, _task(bar, f"encode {split}"))
+            splits[split] = _encode(folder, split, tokenizer, pieces, corpus.separated)
+    described = {
+        **identity,
+        "source": corpus.name,
+        "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": np.dtype(tokenizer.dtype).name,
+        "shard_tokens": SHARD_TOKENS,
+        "splits": splits,
+    }
+    (folder / MANIFEST).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 def _bar(shown: bool) -> Progress:
