@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinylm.config import ConfigError, ModelConfig, preset
 from tinylm.generate import Decoder, Sampling, complete, prefill, stream
-from tinylm.generate.rows import pad
+from tinylm.generate.prompts import pad
 from tinylm.model import Transformer
 
 CONTEXT = 24  # of what `configs` draws

@@ -21,7 +21,8 @@ import tyro
 
 from tinylm.config import CheckpointError, ConfigError
 from tinylm.generate.decoder import Decoder
-from tinylm.generate.rows import pad, stream
+from tinylm.generate.prompts import pad
+from tinylm.generate.rows import stream
 from tinylm.generate.sampling import Sampling
 from tinylm.generate.text import TextModel, TextStream, load
 
@@ -112,7 +113,7 @@ def run(options: Options) -> int:
     counts, interrupted = speak(source, decoder, rows, source.ends if options.stop else frozenset())
     ended = time.perf_counter()
 
-    rest = sum(counts) - len(rows)  # the first of each is prefill's
+    rest = sum(max(count - 1, 0) for count in counts)  # the first of each is prefill's
     rate = f", {rest / (ended - ready):.1f} tokens/s" if rest > 0 else ""
     drawn = f"; seed {seed}" if options.temperature else ""
     why = "interrupted" if interrupted else "" if len(rows) > 1 else reason(counts[0], limits[0], options)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError
+from tinylm.generate.prompts import check_prompts, check_room
 from tinylm.generate.sampling import Noise, Sampling, select
 from tinylm.model import Transformer
 
@@ -263,34 +264,6 @@ class Decoder:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     # One for all decoders: cuBLAS keeps a workspace for each stream that it ever met.
     return torch.cuda.Stream(device)
-
-
-def check_prompts(model: Transformer, tokens: Tensor, lengths: Sequence[int] | None = None) -> None:
-    """Raises ConfigError unless tokens (B, T), of which row b uses lengths[b], are prompts for the model."""
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype != torch.int64:
-        raise ConfigError(
-            f"a prompt of {tuple(tokens.shape)}, {tokens.dtype}: expected int64 (rows, tokens), not empty"
-        )
-    rows, width = tokens.shape
-    if lengths is not None and not (len(lengths) == rows and all(1 <= length <= width for length in lengths)):
-        raise ConfigError(f"lengths {list(lengths)} of {rows} prompts: give {rows}, each from 1 to {width}")
-    longest = width if lengths is None else max(lengths)
-    if longest > model.config.context:
-        raise ConfigError(
-            f"a prompt of {longest} tokens does not fit the model's context of {model.config.context}: shorten it"
-        )
-    low, high = (int(end) for end in tokens.aminmax())
-    if low < 0 or high >= model.config.vocab_size:
-        raise ConfigError(f"token ids run from {low} to {high}: expected 0 to {model.config.vocab_size - 1}")
-
-
-def check_room(model: Transformer, prompt: int, new: int) -> None:
-    """Raises ConfigError unless so many tokens of a prompt and so many new ones fit the model's context."""
-    if new < 0 or prompt + new > model.config.context:
-        raise ConfigError(
-            f"{prompt} prompt tokens and {new} new ones do not fit the model's context of "
-            f"{model.config.context}: give fewer, or a config with a larger context"
-        )
 
 
 @contextlib.contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
-
 from tinylm.config import ConfigError
-from tinylm.generate.decoder import Decoder, check_room
+from tinylm.generate.decoder import Decoder
+from tinylm.generate.prompts import check_room, pad
 from tinylm.generate.sampling import Sampling
 from tinylm.model import Transformer
 
@@ -77,14 +76,3 @@ def complete(
         for row, ids in zip(rows, chosen, strict=True):
             row.extend(ids)
     return rows
-
-
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:
-    """Prompts as (B, T) int64 for `Decoder`, padded on the right, and their lengths. Raises ConfigError."""
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) == 0:
-        raise ConfigError(f"prompts of {lengths} tokens: give at least one prompt, each of at least 1 token")
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    return tokens, lengths

@@ -85,8 +85,8 @@ class Noise:
         # The smallest of the noise decide, so it is fine near 0: of 63 bits, where -log of a 24-bit uniform
         # has steps of 6e-8, too coarse for tokens of that probability. Not 0, since 0 / 0 would pick the
         # impossible; not 1, since the noise would be infinite.
-        uniform = (bits.float() * 2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
-        return uniform.neg_().log1p_().neg_()
+        negative = bits.float().mul_(-(2.0**-63)).clamp_(-1 + 2.0**-24, -(2.0**-63))
+        return negative.log1p_().neg_()
 
 
 def select(logits: Tensor, sampling: Sampling, noise: Tensor | None = None) -> Tensor:

@@ -59,11 +59,12 @@ def load(
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory; give a run's folder, or a Hugging Face Llama directory")
+    ends: list[int] = []
+    start: int | None = None
     if (directory / checkpoint.META).is_file() or checkpoint.saved(directory):
         directory = checkpoint.load(directory, which).path
         tokenizer = Tokenizer.load(directory)
         model, _ = checkpoint.load_model(directory, device, dtype or torch.float32)
-        ends, start = list[int](), None
     elif (directory / "config.json").is_file():
         if not (directory / FILE).is_file():
             raise ConfigError(f"{directory}: has no {FILE}; save the tokenizer's there, beside config.json")
