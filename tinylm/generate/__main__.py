@@ -7,7 +7,6 @@ Exit status: 0; 2 for bad input, told in one line; 130 after Ctrl-C, with what w
 from __future__ import annotations
 
 import io
-import os
 import secrets
 import sys
 import time
@@ -76,9 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read stdout, such as head, has enough; Python would flush it once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever reads stdout, such as head, has enough
         return 0
 
 
