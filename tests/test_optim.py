@@ -116,7 +116,7 @@ def of_textbook(
     return found
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(config=configs(), name=st.sampled_from(OPTIMIZERS), capturable=st.booleans(), seed=st.integers(0, 2**16))
 def test_steps_are_those_of_the_textbook(config: ModelConfig, name: str, capturable: bool, seed: int) -> None:
     torch.manual_seed(seed)

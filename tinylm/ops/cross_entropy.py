@@ -26,7 +26,7 @@ LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 IGNORED = -100
 # Of one chunk's logits. On a GPU its products must fill the card, on a CPU the pass over it should stay in the caches.
-CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**24}
+CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**25}
 ALIGNED = 128  # rows: a tile of a matrix product
 
 
@@ -137,10 +137,10 @@ def _to_gradient(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool
     ignored = targets == IGNORED
     inside = (targets >= 0) & (targets < logits.shape[1])
     chosen = torch.where(inside, targets, 0)[:, None]
-    log_p = F.log_softmax(logits, -1, dtype=losses.dtype)
-    losses.copy_(torch.where(inside, -log_p.gather(1, chosen)[:, 0], torch.nan).masked_fill_(ignored, 0))
+    log_p = F.log_softmax(logits, -1, dtype=losses.dtype).gather(1, chosen)[:, 0]
+    losses.copy_(torch.where(inside, -log_p, torch.nan).masked_fill_(ignored, 0))
     if gradient:
-        p = log_p.exp_()
+        p = F.softmax(logits, -1, dtype=losses.dtype)  # on a CPU six times as fast as the exp of what log_softmax gave
         p.scatter_add_(1, chosen, -inside[:, None].to(p.dtype))
         logits.copy_(p.masked_fill_(ignored[:, None], 0))
 
