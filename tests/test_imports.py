@@ -115,6 +115,7 @@ before = set(sys.modules)
 import tinylm, tinylm.ops, tinylm.cache, tinylm.attention
 from tinylm import PRESETS, ConfigError, ModelConfig, RopeScaling, Transformer, preset
 from tinylm import Decoder, Sampling
+import tinylm.data, tinylm.tokenizer
 Transformer.build(preset("nano"))
 print(torch.cuda.is_initialized(), sorted((set(sys.modules) - before) & set({OPTIONAL})))
 """

@@ -296,12 +296,30 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(plain(tokens), model(tokens))
 
 
+@given(config=configs(), backend=st.sampled_from(["eager", "chunked"]), seed=st.integers(0, 2**16))
+def test_the_loss_is_that_of_the_logits(config: ModelConfig, backend: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Transformer(config, ops={"linear_cross_entropy": backend}).double()
+    tokens = torch.randint(config.vocab_size, (2, 8))
+    targets = tokens[:, 1:].masked_fill(torch.rand(2, 7) < 0.3, -100)
+    targets[0, 0] = 0
+    logits = model(tokens[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    found = model.loss(tokens[:, :-1], targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # fp64
+    torch.testing.assert_close(model.hidden(tokens[:, :-1]) @ model.head_weight.T, logits, rtol=1e-12, atol=1e-12)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_a_training_step_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model, tokens = Transformer(STYLES["llama-3-8b"]), torch.randint(4096, (1, 17))
 
     def loss() -> Tensor:
-        return F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:])
+        return model.loss(tokens[:, :-1], tokens[:, 1:])
 
     before = loss()
     before.backward()

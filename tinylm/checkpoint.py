@@ -131,11 +131,12 @@ def save(
     return path
 
 
-def clean(run: str | Path) -> None:
-    """Removes what a kill left half-written or half-removed."""
+def clean(run: str | Path, keep: int) -> None:
+    """Removes what a kill left half-written or half-removed, or kept `save` from removing."""
     run = Path(run)
     for path in run.glob(f"{TEMPORARY}*") if run.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
+    _prune(run, keep)
 
 
 def load(path: str | Path, which: str = "newest") -> Checkpoint:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tinylm.config import ConfigError, ModelConfig
 
+OPTIMIZERS = ("adamw", "muon")
 # Rows of the projections that one matrix holds: each is orthogonalized by itself, as it would be apart.
 SPLITS: dict[str, Callable[[ModelConfig], tuple[int, ...]]] = {
     "attention.qkv.weight": lambda c: (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim),
@@ -45,7 +46,7 @@ def make_optimizer(
     muon_lr: float | None = None,
     momentum: float = 0.95,
     capturable: bool = False,
-) -> torch.optim.AdamW:
+) -> Optimizer:
     """`adamw` or `muon` over a Transformer's parameters, which may be DTensors; make it after sharding or moving them.
 
     Matrices decay, gains and biases do not. muon_lr: of the matrices that Muon moves, lr if None; its updates have
@@ -67,21 +68,30 @@ def make_optimizer(
         device = group["params"][0].device
         group["lr"] = torch.tensor(group["initial_lr"], device=device) if capturable else group["initial_lr"]
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    optimizer = OPTIMIZERS[name](groups, **settings, fused=True, capturable=capturable)
-    if isinstance(optimizer, Muon):
-        ends = {end: rows(model.config) for end, rows in SPLITS.items()}  # type: ignore[arg-type]
-        optimizer.rows = {p: rows for key, p in muon.items() for end, rows in ends.items() if key.endswith(end)}
+    optimizer = Optimizer(groups, **settings, fused=True, capturable=capturable)
+    ends = {end: rows(model.config) for end, rows in SPLITS.items() if muon}  # type: ignore[arg-type]
+    optimizer.rows = {p: rows for key, p in muon.items() for end, rows in ends.items() if key.endswith(end)}
     return optimizer
 
 
-class Muon(torch.optim.AdamW):
+class Optimizer(torch.optim.AdamW):
     """Muon for the groups that have a momentum, fused AdamW for the others; otherwise an optimizer like any of torch.
 
     rows: how many rows each of the matrices has that a parameter holds, where it holds several. Under FSDP every
     rank orthogonalizes the gathered updates and keeps its own shard.
     """
 
-    rows: dict[Tensor, tuple[int, ...]] = {}  # noqa: RUF012  # never changed, only replaced
+    rows: dict[Tensor, tuple[int, ...]]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What the steps left. Settings, lr's tensors among them, stay those that this optimizer was made with."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for a step in every parameter's state
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         # What AdamW.step collects of a group; of ours, nothing.
@@ -137,9 +147,6 @@ class Muon(torch.optim.AdamW):
         for p, shard, into in zip(parameters, local, whole, strict=True):
             if _sharded(p):
                 shard.add_(_shard(into, p))
-
-
-OPTIMIZERS: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
 
 def orthogonalize(x: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:

@@ -125,16 +125,16 @@ def ranks(kind: str, device: str = "auto") -> Iterator[World]:
     if kind == "none":
         yield World(found)
         return
-    if found.type == "cuda":
+    on_gpu = found.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(found)
     joins = not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    try:
-        yield World(found, dist.get_rank(), dist.get_world_size())
-    finally:
-        if joins:
-            dist.destroy_process_group()
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None)
+    yield World(found, dist.get_rank(), dist.get_world_size())
+    # Not after an error: to leave can mean to wait for ranks that wait for this one, which torchrun ends if this ends.
+    if joins:
+        dist.destroy_process_group()
 
 
 def _device(name: str) -> torch.device:

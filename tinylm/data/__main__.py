@@ -23,7 +23,9 @@ def _data() -> None:
 
 @app.command("prepare")
 def _prepare(
-    source: Annotated[str | None, typer.Argument(help=f"one of {', '.join([*SOURCES, STDLIB])}")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help=f"one of {', '.join([*SOURCES, STDLIB])} [default: {STDLIB}]")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="or else: a file, or a folder of text files; .xz too")] = None,
     val_text: Annotated[Path | None, typer.Option(help="a text that validates [default: split the text]")] = None,
     folder: Annotated[Path | None, typer.Option(help="of the tokens [default: one below TINYLM_HOME]")] = None,
@@ -33,8 +35,6 @@ def _prepare(
     val_fraction: Annotated[float, typer.Option(help="of the text that validates")] = 0.1,
 ) -> None:
     """Makes a folder of tokens from a source or a text, unless it is there; prints its path last."""
-    if source is None and text is None:
-        source = STDLIB
     try:
         made = prepare(
             source,

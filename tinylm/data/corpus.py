@@ -9,6 +9,7 @@ is cut in two instead, training first.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import lzma
 import sysconfig
@@ -23,8 +24,8 @@ from tinylm.data.download import Remote, fetch
 SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
 READ = 1 << 20  # bytes read at a time
-PIECE = 1 << 18  # characters of a document handed on at a time, at most
-HASHED = 1 << 16  # characters of a document that decide on its split
+PIECE = 1 << 16  # characters of a document handed on at a time, at most; the library takes 256 of them at once
+HASHED = 1 << 14  # characters of a document that decide on its split; surely in its first piece
 
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 _STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
@@ -106,12 +107,6 @@ class Corpus:
         self._below = max(int(self.fraction * 2**64), smallest + 1)
 
     @property
-    def size(self) -> int | None:
-        """Bytes of the text; None where a file is packed."""
-        paths = [*self.train, *self.val]
-        return None if any(path.suffix == ".xz" for path in paths) else sum(path.stat().st_size for path in paths)
-
-    @property
     def separated(self) -> bool:
         """Whether documents end, with an end of text; the parts of a single one do not."""
         return self._cut is None
@@ -179,7 +174,7 @@ def _files(path: Path) -> list[Path]:
 
 def _is_text(path: Path) -> bool:
     """git's rule: no NUL among the first 8000 bytes."""
-    with _open(path) as file:
+    with _opened(path) as file:
         return b"\0" not in file.read(8000)
 
 
@@ -196,18 +191,21 @@ def _digest(root: Path, *groups: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else open(path, "rb")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, unpacked where it is packed. Raises ConfigError where that fails, now or later."""
+    try:
+        with cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def _pieces(paths: Iterable[Path], advance: Callable[[int], None]) -> Iterator[Piece]:
     """All documents of files, in pieces; those of nothing but whitespace are left out."""
     for path in paths:
-        try:
-            with _open(path) as file:
-                yield from _documents(_decoded(file, advance))
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        with _opened(path) as file:
+            yield from _documents(_decoded(file, advance))
 
 
 def _decoded(file: BinaryIO, advance: Callable[[int], None]) -> Iterator[str]:

@@ -56,6 +56,7 @@ def fetch(remote: Remote, folder: Path) -> str:
             if not path.exists():
                 part = path.with_name(f"{path.name}.part")
                 _download(remote.url, part)
+                _state(part).unlink()
                 if expected and (found := _sha256(part)) != expected:
                     part.unlink()
                     raise ConfigError(
@@ -63,7 +64,6 @@ def fetch(remote: Remote, folder: Path) -> str:
                         f"try again, or put the right file there yourself, as {path}"
                     )
                 os.replace(part, path)
-                _state(part).unlink(missing_ok=True)
             found = _sha256(path)
             if expected and found != expected:
                 raise ConfigError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinylm.config import ConfigError
-from tinylm.data.corpus import SOURCES, SPLITS, Corpus, Piece, find
+from tinylm.data.corpus import SOURCES, SPLITS, STDLIB, Corpus, Piece, find
 from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, manifest
 from tinylm.tokenizer import Tokenizer, check_bpe, train_bpe, train_char
 
@@ -53,13 +53,15 @@ def prepare(
 ) -> Path:
     """The folder of a source's tokens, made if it is not there yet.
 
-    source: "tinyshakespeare", "tinystories" (downloaded once) or "stdlib", Python's own library; or else
+    source: "tinyshakespeare", "tinystories" (downloaded once) or "stdlib", Python's own library, the default; or
     text: a file, or a folder of text files, and val_text, one that validates, if the text shall not be split.
     folder: where; by default one below `home()`, named by content and settings.
     tokenizer: "bpe" or "char"; vocab_size, pre: of the BPE, see `train_bpe`. None: as the source usually has it.
     val_fraction: of the text that validates, where neither the publisher nor val_text says which.
     Raises ConfigError for what cannot be read, written or made, and for a folder with anything else in it.
     """
+    if source is None and text is None:
+        source = STDLIB
     usual = SOURCES.get(source or "")
     if tokenizer is None:
         tokenizer = usual.tokenizer if usual else "bpe"
@@ -151,7 +153,7 @@ def _bar(shown: bool) -> Progress:
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn()
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
 
 
 def _task(bar: Progress, name: str) -> Callable[[int], None]:

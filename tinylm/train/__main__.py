@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (*STOPS, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from the newest checkpoint", file=sys.stderr)
+        return 130
 
 
 def flags(arguments: Sequence[str] | None) -> dict[str, Any]:
@@ -49,11 +52,15 @@ def flags(arguments: Sequence[str] | None) -> dict[str, Any]:
         if one is bool:
             fields.append((field.name, bool, field.default))
         else:
-            fields.append((field.name, tuple.__class_getitem__((one, ...)), dataclasses.field(default=(field.default,))))
+            fields.append(
+                (field.name, tuple.__class_getitem__((one, ...)), dataclasses.field(default=(field.default,)))
+            )
     # Below TrainConfig, where tyro finds what each field means; its checks are for single values.
     namespace = {"__post_init__": lambda self: None, "__doc__": __doc__}
     several = dataclasses.make_dataclass("Flags", fields, bases=(TrainConfig,), frozen=True, namespace=namespace)
-    given: Any = tyro.cli(several, prog="python -m tinylm.train", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    given: Any = tyro.cli(
+        several, prog="python -m tinylm.train", args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     return {field.name: getattr(given, field.name) for field in dataclasses.fields(TrainConfig)}
 
 
@@ -116,7 +123,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for row in sorted(finished, key=lambda row: row["val_loss"]):
         cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in SHOWN.items())
         table.add_row(row["name"], *cells)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for row in rows:
         if "error" in row:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, prepare
-from tinylm.data.corpus import SOURCES
+from tinylm.data.corpus import SOURCES, STDLIB
 from tinylm.data.tokens import MANIFEST
 from tinylm.train.config import TrainConfig
 
@@ -69,6 +69,14 @@ def evaluate(
     return nats / scored, nats / math.log(2) / max(stood_for, 1)
 
 
+def check_long_enough(validation: Tokens, context: int) -> None:
+    """Raises ConfigError now, rather than at the first validation, for a split shorter than one window."""
+    try:
+        next(eval_windows(validation, context, 1))
+    except ConfigError as error:
+        raise ConfigError(f"validation split: {error}") from None
+
+
 def prepared(config: TrainConfig) -> Path:
     """The folder of config.data's tokens, made if it is not there yet. Raises ConfigError."""
     path = Path(config.data)
@@ -79,8 +87,9 @@ def prepared(config: TrainConfig) -> Path:
         "vocab_size": config.vocab_size or None,
         "progress": sys.stderr.isatty(),
     }
-    if config.data in SOURCES:
+    sources = (*SOURCES, STDLIB)
+    if config.data in sources:
         return prepare(config.data, **settings)
     if path.exists():
         return prepare(text=path, **settings)
-    raise ConfigError(f"data {config.data!r} is no file or folder and no source: give one, or {', '.join(SOURCES)}")
+    raise ConfigError(f"data {config.data!r} is no file or folder and no source: give one, or {', '.join(sources)}")

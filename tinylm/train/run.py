@@ -27,7 +27,7 @@ from tinylm.model import Transformer
 from tinylm.optim import make_optimizer, set_lr
 from tinylm.tokenizer import Tokenizer
 from tinylm.train.config import TrainConfig
-from tinylm.train.feed import batches, evaluate, prepared
+from tinylm.train.feed import batches, check_long_enough, evaluate, prepared
 from tinylm.train.log import Bar, Log
 from tinylm.train.peak import peak_flops
 from tinylm.train.start import check_same, dtype_of, rows_of_a_rank, to_resume
@@ -75,7 +75,7 @@ class _Run:
         self.config, self.world = config, world
         self.dtype = dtype_of(config, world.device)
         self.per_rank, self.micro = rows_of_a_rank(config, world, self.dtype)
-        before = to_resume(config, world)
+        before = to_resume(config)
         if not world.main:
             world.wait()  # until the first rank has prepared the text
         folder = prepared(config)
@@ -83,6 +83,7 @@ class _Run:
             world.wait()
         self.text, self.validation = data.Tokens(folder, "train"), data.Tokens(folder, "val")
         self.sampler = data.Sampler(self.text, config.context, config.seed)
+        check_long_enough(self.validation, config.context)
         self.tokenizer = Tokenizer.load(folder)
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes().astype(np.int64))
         self.shape = config.shape(self.tokenizer.vocab_size)
@@ -93,13 +94,16 @@ class _Run:
         }
         if before is not None:
             check_same(before, self.digests, self.shape)
+        if world.main:
+            checkpoint.clean(config.run, config.keep)
 
         torch.manual_seed(config.seed)
         backends = {"rmsnorm": config.rmsnorm, "linear_cross_entropy": config.linear_cross_entropy}
         self.model = Transformer.build(self.shape, ops=backends, device=world.device)
-        self.parameters = self.model.param_count()
+        self.parameter_count = self.model.param_count()
         self.flops = 3 * self.model.flops(config.batch, config.context)  # of a step
         wrapped = parallel.wrap(self.model, config.parallel, world, compiled=config.compile)
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(
             self.model,
             config.optimizer,
@@ -137,13 +141,16 @@ class _Run:
         """Compiles and captures outside the clock, and leaves the state as it was; the seconds it took."""
         if self.world.device.type == "cpu" and not self.config.compile:
             return 0.0
-        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        # Each run compiles anew: torch counts how often it compiles the same code, and gives up at the eighth time.
+        if self.config.compile:
+            torch.compiler.reset()
+        weights = [parameter.detach().clone() for parameter in self.parameters.values()]
         scaler = self.step.scaler.state_dict()
         started = time.perf_counter()
         self._guard(lambda: self.step.warm_up(self.sampler.samples(0, self.per_rank)), 0)
         took = time.perf_counter() - started
         with torch.no_grad():
-            for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            for parameter, weight in zip(self.parameters.values(), weights, strict=True):
                 parameter.copy_(weight)
         # In place, because a graph has their addresses; zeros are what the optimizers start from.
         for state in self.optimizer.state.values():
@@ -153,14 +160,14 @@ class _Run:
         return took
 
     def _restore(self, before: checkpoint.Checkpoint) -> None:
-        restore(self.model, self.optimizer, before.model_state(), before.optimizer_state(), str(before.path))
+        restore(self.parameters, self.optimizer, before.model_state(), before.optimizer_state(), str(before.path))
         self.done, self.seconds = before.step, before.meta["seconds"]
         self.best, self.newest = before.meta["best"], before.meta["newest"]
         if before.meta["scaler"]:
             self.step.scaler.load_state_dict(before.meta["scaler"])
 
     def _save(self, step: int, val_loss: float | None, log: Log | None) -> None:
-        weights, state = gather(self.model, self.optimizer)
+        weights, state = gather(self.parameters, self.optimizer, kept=log is not None)
         if log is None:
             return
         log.sync()
@@ -172,7 +179,7 @@ class _Run:
             "newest": self.newest,
             "seconds": self.seconds,
             "scaler": self.step.scaler.state_dict(),
-            **self.digests,
+            "digests": self.digests,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
         checkpoint.save(self.config.run, step, weights, state, meta, self.tokenizer, keep=self.config.keep)
@@ -227,7 +234,7 @@ class _Run:
             compile_seconds=self.compile_seconds,
             peak_flops=self.peak,
             peak_source=self.peak_source,
-            parameters=self.parameters,
+            parameters=self.parameter_count,
         )
 
     def _make(self, index: int, batch: Tensor) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from tinylm import checkpoint
-from tinylm.config import ConfigError, ModelConfig
+from tinylm.config import CheckpointError, ConfigError, ModelConfig
 from tinylm.parallel import World
 from tinylm.train.config import TrainConfig
 
@@ -55,14 +55,12 @@ def rows_of_a_rank(config: TrainConfig, world: World, dtype: torch.dtype) -> tup
     return rows, micro
 
 
-def to_resume(config: TrainConfig, world: World) -> checkpoint.Checkpoint | None:
+def to_resume(config: TrainConfig) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; a run that is there is neither overwritten nor mixed with another.
 
     Raises ConfigError, CheckpointError.
     """
     run = config.run
-    if world.main:
-        checkpoint.clean(run)
     there = checkpoint.saved(run)
     if (there or (run / "log.csv").exists()) and not config.resume:
         what = f"checkpoints up to step {checkpoint.step_of(there[-1])}" if there else "a log.csv"
@@ -70,6 +68,9 @@ def to_resume(config: TrainConfig, world: World) -> checkpoint.Checkpoint | None
     if not there:
         return None
     found = checkpoint.load(run)
+    if missing := {"train", "digests", "seconds", "best", "newest", "scaler"} - found.meta.keys():
+        lacks = ", ".join(sorted(missing))
+        raise CheckpointError(f"{found.path}: no run to go on with, it lacks {lacks}: give another --out")
     before, now = found.meta["train"], dataclasses.asdict(config)
     for name in now:
         if name not in MAY_CHANGE and name in before and before[name] != now[name]:
@@ -82,7 +83,7 @@ def to_resume(config: TrainConfig, world: World) -> checkpoint.Checkpoint | None
 def check_same(before: checkpoint.Checkpoint, digests: dict[str, str], shape: ModelConfig) -> None:
     """Raises ConfigError, which names what differs, unless the text and the model are the checkpoint's."""
     for name, digest in digests.items():
-        if (theirs := before.meta.get(name)) != digest:
+        if (theirs := before.meta["digests"].get(name)) != digest:
             raise ConfigError(f"the {name} has sha256 {digest}, but {before.path} was trained with {theirs}: {ANOTHER}")
     for name, ours in dataclasses.asdict(shape).items():
         if (theirs := before.meta["model"].get(name)) != ours:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinylm.config import CheckpointError
 from tinylm.parallel import assign, whole
@@ -13,23 +13,30 @@ from tinylm.parallel import assign, whole
 Named = dict[str, Tensor]
 
 
-def gather(model: nn.Module, optimizer: Any) -> tuple[Named, Named]:
-    """(weights, optimizer's tensors named "<parameter>/<key>") on the host; every rank must ask for them."""
-    weights = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
-    state = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            state[f"{name}/{key}"] = whole(value).cpu()
+def gather(parameters: Named, optimizer: Any, *, kept: bool) -> tuple[Named, Named]:
+    """(weights, optimizer's tensors named "<parameter>/<key>") on the host; every rank must ask for them.
+
+    parameters: those that the optimizer has. A model under fsdp shows others while it has its slices gathered.
+    kept: on this rank; else both are empty.
+    """
+    weights, state = {}, {}
+    for name, parameter in parameters.items():
+        value = whole(parameter.detach())
+        if kept:
+            weights[name] = value.cpu()
+        for key, value in optimizer.state[parameter].items():
+            value = whole(value)
+            if kept:
+                state[f"{name}/{key}"] = value.cpu()
     return weights, state
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Any, weights: Named, state: Named, origin: str) -> None:
+def restore(parameters: Named, optimizer: Any, weights: Named, state: Named, origin: str) -> None:
     """Puts what `gather` returned back, in place where the optimizer has its tensors already.
 
-    Raises CheckpointError, which names `origin`, unless weights and state are of this model.
+    Raises CheckpointError, which names `origin`, unless weights and state are of these parameters.
     """
-    parameters = dict(model.named_parameters())
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     if wrong := parameters.keys() ^ weights.keys():
         raise CheckpointError(f"{origin}: the weights are not those of its model: {', '.join(sorted(wrong)[:8])}")
@@ -39,10 +46,10 @@ def restore(model: nn.Module, optimizer: Any, weights: Named, state: Named, orig
                 f"{origin}: {name} has shape {list(weights[name].shape)}; the model has {list(parameter.shape)}"
             )
         assign(parameter, weights[name])
+    if wrong := parameters.keys() ^ {path.rpartition("/")[0] for path in state}:
+        raise CheckpointError(f"{origin}: the optimizer's tensors are of others: {', '.join(sorted(wrong)[:8])}")
     for path, value in state.items():
         name, _, key = path.rpartition("/")
-        if name not in parameters:
-            raise CheckpointError(f"{origin}: the optimizer's {path} is of no parameter of the model")
         parameter = parameters[name]
         entry = optimizer.state[parameter]
         if key not in entry:

@@ -6,8 +6,6 @@ gradient norm are left in a record there, which `read` fetches when the log want
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,13 +45,16 @@ class Step:
         self.record = torch.zeros(2, room, device=self.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=self.device)  # of the next step in the record
         self.made = 0
-        self.graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph() if graph else None
-        self.run: Callable[[], None] = self.update
+        self.captures = graph
+        self.graph: torch.cuda.CUDAGraph | None = None  # of one update, once it is captured
 
     def __call__(self, rows: Tensor) -> None:
         """rows (R, T + 1) int64, on the host or the device: each token's target is the one after it."""
         self.rows.copy_(rows, non_blocking=True)
-        self.run()
+        if self.graph is None:
+            self.update()
+        else:
+            self.graph.replay()
         self.made += 1
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class Step:
         norm = clip(self.parameters, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.graph is None:
+        if not self.captures:
             self.optimizer.zero_grad()  # a graph's first pass writes its gradients anew
         self.record.index_copy_(1, self.place, torch.stack((total, norm))[:, None])
         self.place += 1
@@ -95,21 +96,23 @@ class Step:
         self.made = 0
         return losses, norms
 
-    def warm_up(self, rows: Tensor) -> float:
-        """Compiles, captures, and makes kernels ready, by steps that spoil the state; the seconds it took."""
-        start = time.perf_counter()
+    def warm_up(self, rows: Tensor) -> None:
+        """Compiles, captures, and makes kernels ready, by steps that spoil the state; waits for the device."""
         self.rows.copy_(rows)
-        if self.graph is None:
+        # What a model keeps from its first use, such as RoPE's tables, is made here, not by compiled code.
+        self.score(self.rows[:1, :-1], self.rows[:1, 1:])
+        if self.captures:
+            self._capture()
+        else:
             for _ in range(2):
                 self.update()
-        else:
-            self._capture(self.graph)
+                self.place.zero_()
         self.read()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
 
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):
@@ -120,10 +123,13 @@ class Step:
         torch.cuda.current_stream(self.device).wait_stream(aside)
         with torch.cuda.graph(graph):
             self.update()
-        self.run = graph.replay
+        self.graph = graph
 
     def fits(self, micro: int) -> bool:
         """Whether one pass over that many rows fits into the memory; leaves no gradients."""
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             self.loss(self.rows[:micro]).backward()
             return True
