@@ -116,7 +116,7 @@ import tinylm, tinylm.ops, tinylm.cache, tinylm.attention
 from tinylm import PRESETS, ConfigError, ModelConfig, RopeScaling, Transformer, preset
 from tinylm import Decoder, Sampling
 import tinylm.data, tinylm.tokenizer
-Transformer(preset("nano"))
+Transformer.build(preset("nano"))
 print(torch.cuda.is_initialized(), sorted((set(sys.modules) - before) & set({OPTIONAL})))
 """
     assert fresh(code).split() == ["False", "[]"]

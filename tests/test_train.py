@@ -28,7 +28,7 @@ from tinylm import checkpoint, data, parallel
 from tinylm.config import CheckpointError, ConfigError, preset
 from tinylm.model import Transformer
 from tinylm.optim import make_optimizer
-from tinylm.train import Result, TrainConfig, TrainingStopped, train
+from tinylm.train import Result, TrainConfig, TrainingStopped, feed, train
 from tinylm.train.__main__ import flags, main, sweep
 from tinylm.train.feed import batches, evaluate
 from tinylm.train.peak import PUBLISHED, peak_flops
@@ -264,6 +264,19 @@ def test_what_cannot_work_is_one_clear_line(changed: dict[str, Any], message: st
         train(settings_of(tokens, tmp_path / "run", **changed))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["stdlib", "tinyshakespeare", "tinystories"])
+def test_data_may_be_a_source(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def prepare(source: str, **settings: Any) -> Path:
+        asked.append((source, settings))
+        return Path("made")
+
+    monkeypatch.setattr(feed, "prepare", prepare)
+    assert feed.prepared(TrainConfig(data=name, tokenizer="bpe", vocab_size=300)) == Path("made")
+    assert asked == [(name, {"tokenizer": "bpe", "vocab_size": 300, "progress": False})]
 
 
 @pytest.mark.parametrize("content", ["", "a", "ab" * 20])

@@ -97,6 +97,25 @@ def load_hf_llama(
     return config, model.eval()
 
 
+def special_ids(directory: str | Path) -> tuple[list[int], int | None]:
+    """The ids that end a text, and the one that starts it (None: unknown), of a checkpoint directory.
+
+    From config.json and generation_config.json, of which the latter has the last word. Raises CheckpointError
+    for files that cannot be read, ConfigError for ids that are none.
+    """
+    found: dict[str, list[int]] = {"bos_token_id": [], "eos_token_id": []}
+    for name in ("config.json", "generation_config.json"):
+        path = Path(directory) / name
+        raw = _read_json(path) if path.is_file() else {}
+        for key in found.keys() & {key for key, value in raw.items() if value is not None}:
+            ids = raw[key] if isinstance(raw[key], list) else [raw[key]]
+            if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+                raise ConfigError(f"{path}: {key} is {raw[key]!r}: expected the id of a token, or a list of them")
+            found[key] = ids
+    ends = found["eos_token_id"]
+    return ends, next(iter(found["bos_token_id"] + ends), None)
+
+
 # --- tensors ------------------------------------------------------------------------------------------------
 
 

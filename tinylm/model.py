@@ -205,6 +205,8 @@ class Transformer(nn.Module):
         ln(V).
         """
         std, config = self.config.init_std, self.config
+        if self.embed.weight.is_meta:
+            return  # nothing to draw; and drawing it would load torch's compiler, which takes seconds
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, prepare
-from tinylm.data.corpus import SOURCES
+from tinylm.data.corpus import SOURCES, STDLIB
 from tinylm.data.tokens import MANIFEST
 from tinylm.train.config import TrainConfig
 
@@ -87,8 +87,9 @@ def prepared(config: TrainConfig) -> Path:
         "vocab_size": config.vocab_size or None,
         "progress": sys.stderr.isatty(),
     }
-    if config.data in SOURCES:
+    sources = (*SOURCES, STDLIB)
+    if config.data in sources:
         return prepare(config.data, **settings)
     if path.exists():
         return prepare(text=path, **settings)
-    raise ConfigError(f"data {config.data!r} is no file or folder and no source: give one, or {', '.join(SOURCES)}")
+    raise ConfigError(f"data {config.data!r} is no file or folder and no source: give one, or {', '.join(sources)}")

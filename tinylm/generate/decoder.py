@@ -1,75 +1,62 @@
-"""Generation: prefill, decode with a cache or without one, sampling.
+"""The decode loop: prefill, then a token at a time, with a cache or without one, eagerly or as CUDA graphs.
 
-Shapes: B rows, T prompt tokens, V vocab_size. Every row of a prompt has the same length.
+Shapes: B rows, T prompt tokens of the longest row, V vocab_size. Rows of different lengths are aligned on the
+left: row b is its first lengths[b] tokens and then padding, which causality hides where there is no cache, and
+the lengths of the rows where there is one. So every row has the positions, and the result, that it has alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError
+from tinylm.generate.prompts import check_prompts, check_room
+from tinylm.generate.sampling import Noise, Sampling, select
 from tinylm.model import Transformer
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Raises ConfigError for values that cannot work."""
-
-    temperature: float = 0.0  # 0: the likeliest token (greedy), whatever the rest says
-    top_k: int | None = None  # only among the k likeliest (and those as likely as the last of them)
-    top_p: float | None = None  # only among the fewest tokens whose probabilities sum to at least p
-    seed: int | None = None  # None: another one each time
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}: expected 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}: expected at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}: expected a number above 0, at most 1")
-
-
-def select(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """One token of each row: logits (B, V) -> ids (B,) int64, without a copy to the host."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        logits = torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(before >= sampling.top_p, -torch.inf))
-    # argmax(p / Exp(1)) draws from p, as the smallest of exponentials with rates p. torch.multinomial would
-    # wait for the host. The clamp: a noise of 0 would pick a token of probability 0, by 0 / 0.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(-1)
-
-
 @torch.inference_mode()
-def prefill(model: Transformer, tokens: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
-    """Puts a prompt (B, T) into an empty cache, `chunk` tokens at a time (None: at once).
+def prefill(
+    model: Transformer,
+    tokens: Tensor,
+    cache: Cache,
+    *,
+    lengths: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Puts prompts (B, T) into an empty cache, `chunk` tokens at a time (None: at once).
 
-    Returns the logits of its last token, (B, 1, V). Raises ConfigError if it passes the model's context or
-    the cache's room.
+    lengths: of each row, the longest being T; None: all have T. Returns the logits of each row's last token,
+    (B, 1, V). Raises ConfigError if the prompts pass the model's context or the cache's room.
     """
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk is {chunk}: expected at least 1 token")
+    width = tokens.shape[1]
     logits = torch.empty(0)
     with _evaluating(model):
-        for start in range(0, tokens.shape[1], chunk or tokens.shape[1]):
-            part = tokens[:, start : start + chunk] if chunk else tokens
-            logits = model.step(Batch.at(part, start), cache)
+        for start in range(0, width, chunk or width):
+            stop = min(start + (chunk or width), width)
+            if lengths is None:
+                batch = Batch.at(tokens[:, start:stop], start)
+            else:
+                batch = _ragged_part(tokens, lengths, start, stop)
+            logits = model.step(batch, cache)
     return logits
+
+
+def _ragged_part(tokens: Tensor, lengths: Sequence[int], start: int, stop: int) -> Batch:
+    """Tokens start..stop of each row. One that ended before gives its last token again, to the same place: so
+    the last part has the last token of every row."""
+    starts = [min(start, length - 1) for length in lengths]
+    counts = [min(stop - start, length - first) for first, length in zip(starts, lengths, strict=True)]
+    places = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(stop - start, device=tokens.device)
+    return Batch.ragged(tokens.gather(1, places), starts, counts)
 
 
 def generate(
@@ -82,10 +69,14 @@ def generate(
     sampling: Sampling | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Continues prompts (B, T) int64 by max_new_tokens: (B, T + max_new_tokens). See also `Decoder`."""
+    """Continues prompts (B, T) int64 by max_new_tokens: (B, T + max_new_tokens). See also `Decoder`.
+
+    For prompts of different lengths, and to stop at the end of text: `complete`.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
-    _check_room(model, tokens, max_new_tokens)
+    check_prompts(model, tokens)
+    check_room(model, tokens.shape[1], max_new_tokens)
     decoder = Decoder(model, tokens, max_new_tokens - 1, cache=cache, graph=graph, sampling=sampling, chunk=chunk)
     rest = decoder.run(max_new_tokens - 1)
     return torch.cat((tokens.to(rest.device), decoder.first, rest), dim=1)
@@ -103,8 +94,11 @@ class Decoder:
     of kernels serves `granularity` tokens. granularity=1 needs no padding and no mask: SDPA's flash kernels,
     at a graph per token. graph: static, and captured as one CUDA graph per padded length.
 
-    Raises ConfigError if T + max_new passes the model's context, for graph off a GPU, and for a cache layout,
-    prompt or granularity that cannot be.
+    Prompts may be ragged: `lengths`. A row whose text reaches the model's context before the others' stays
+    there: what it gives from then on means nothing.
+
+    Raises ConfigError if the shortest prompt and max_new pass the model's context, for graph off a GPU, and
+    for a cache layout, prompt or granularity that cannot be.
     """
 
     @torch.inference_mode()
@@ -114,40 +108,50 @@ class Decoder:
         tokens: Tensor,  # (B, T) int64
         max_new: int,  # the most tokens that run may decode after `first`
         *,
+        lengths: Sequence[int] | None = None,  # row b's prompt is tokens[b, :lengths[b]]; None: all of T tokens
         cache: str | None = "dense",
         graph: bool = False,
         static: bool = False,
         granularity: int = 16,
         sampling: Sampling | None = None,
         chunk: int | None = None,  # prefill this many tokens at a time; None: all
+        vocab_size: int | None = None,  # ids from here on are never chosen (a padded vocabulary); None: the model's
     ) -> None:
         device = model.device
         if graph and device.type != "cuda":
             raise ConfigError(f"graph=True with a model on {device}: move the model to a CUDA device, or drop graph")
         if granularity < 1:
             raise ConfigError(f"granularity is {granularity}: expected at least 1 token")
-        _check_room(model, tokens, max_new)
+        check_prompts(model, tokens, lengths)
+        self.lengths = list(lengths) if lengths is not None else [tokens.shape[1]] * len(tokens)
+        check_room(model, min(self.lengths), max_new)
         self.model, self.max_new, self.granularity = model, max_new, granularity
         self.sampling = sampling or Sampling()
         self.static = static or graph
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        rows, self.prompt_tokens = tokens.shape
+        self.prompt_tokens = max(self.lengths)  # of the longest row
+        self.ragged = min(self.lengths) < self.prompt_tokens
         last = self.prompt_tokens + max_new
+        self._passing = last > model.config.context  # then it is the longer ones of ragged rows that pass
+        tokens = tokens[:, : self.prompt_tokens].to(device)
         # One more than the context, for the token that is chosen last and never read.
-        self.ids = torch.zeros(rows, max(last, self._bucket(last)) + 1, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(len(tokens), max(last, self._bucket(last)) + 1, dtype=torch.int64, device=device)
         self.ids[:, : self.prompt_tokens] = tokens
         self._places = torch.arange(last + 1, device=device)
-        # Of the newest token, for static steps.
-        self._position = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self._generator = self._make_generator()
-        self.cache = None if cache is None else model.new_cache(cache, batch=rows, context=self._bucket(last))
+        self._first = torch.tensor(self.lengths, device=device)[:, None]  # the place of each row's first new token
+        self._position = self._first.clone()  # of the newest token, for static steps
+        self._noise: Noise | None = None
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        if self.sampling.temperature > 0:
+            self._noise = Noise(self.sampling.seeds(len(tokens)), self.vocab_size, device)
+        self.cache = None if cache is None else model.new_cache(cache, batch=len(tokens), context=self._bucket(last))
         with _evaluating(model):
             if self.cache is None:
-                logits = model(self.ids[:, : self.prompt_tokens], last_only=True)
+                logits = model(tokens, last_index=self._first[:, 0] - 1)
             else:
-                logits = prefill(model, self.ids[:, : self.prompt_tokens], self.cache, chunk=chunk)
-            self.ids[:, self.prompt_tokens] = self._select(logits)
-            self._random_state = None if self._generator is None else self._generator.get_state()
+                rows = self.lengths if self.ragged else None
+                logits = prefill(model, tokens, self.cache, lengths=rows, chunk=chunk)
+            self.ids.scatter_(1, self._first, self._select(logits, self._first))
             self.rewind()
             if graph:
                 self._capture()
@@ -156,11 +160,14 @@ class Decoder:
     def first(self) -> Tensor:
         """The token that prefill chose, (B, 1)."""
         with torch.inference_mode(False):
-            return self.ids[:, self.prompt_tokens : self.prompt_tokens + 1].clone()
+            return self.ids.gather(1, self._first)
 
     @torch.inference_mode()
     def run(self, tokens: int) -> Tensor:
-        """Decodes that many more tokens: (B, tokens) int64. Raises ConfigError past max_new since rewind."""
+        """Decodes that many more tokens of each row: (B, tokens) int64.
+
+        Raises ConfigError past max_new since rewind.
+        """
         done = self._known - self.prompt_tokens
         if not 0 <= tokens <= self.max_new - done:
             raise ConfigError(f"run({tokens}) after {done} of max_new={self.max_new} tokens: give fewer, or rewind")
@@ -170,43 +177,33 @@ class Decoder:
                 self._advance(length)
         self._known += tokens
         with torch.inference_mode(False):
-            return self.ids[:, first : first + tokens].clone()
+            return self.ids.gather(1, self._first + self._places[done + 1 : done + 1 + tokens])
 
     @torch.inference_mode()
     def rewind(self) -> None:
         """Back to the state right after prefill: the next run does the same work with the same result."""
-        self._known = self.prompt_tokens  # the position of the newest token, which no pass has read yet
-        self._position.fill_(self.prompt_tokens)
-        if self._generator is not None and self._random_state is not None:
-            self._generator.set_state(self._random_state)
+        self._known = self.prompt_tokens  # the longest row's newest token, which no pass has read yet
+        self._position.copy_(self._first)
 
-    def _make_generator(self) -> torch.Generator | None:
-        if self.sampling.temperature == 0:
-            return None
-        generator = torch.Generator(self.model.device)
-        if self.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.sampling.seed)
-        return generator
-
-    def _select(self, logits: Tensor) -> Tensor:
-        return select(logits[:, -1], self.sampling, self._generator)
+    def _select(self, logits: Tensor, places: Tensor) -> Tensor:
+        """The tokens (B, 1) that come at places (B, 1) or (1,), of the logits (B, 1, V) before them."""
+        noise = None if self._noise is None else self._noise.at(places)
+        return select(logits[:, -1, : self.vocab_size], self.sampling, noise)[:, None]
 
     def _bucket(self, length: int) -> int:
-        """What a prefix of this length is padded to."""
-        if not self.static:
-            return length
-        return min(-(-length // self.granularity) * self.granularity, self.model.config.context)
+        """What a prefix of this length is padded to, within the model's context."""
+        if self.static:
+            length = -(-length // self.granularity) * self.granularity
+        return min(length, self.model.config.context)
 
     def _advance(self, length: int) -> None:
-        """One more token after `length` known ones."""
-        if not self.static:
-            self._eager_step(length)
-        elif self._graphs:
+        """One more token after `length` known ones of the longest row."""
+        if self._graphs:
             self._graphs[self._bucket(length)].replay()
-        else:
+        elif self.static or self.ragged:
             self._static_step(self._bucket(length))
+        else:
+            self._eager_step(length)
 
     def _eager_step(self, length: int) -> None:
         known = self.ids[:, :length]
@@ -217,20 +214,21 @@ class Decoder:
             lengths = self._places[length].expand(len(known))
             batch = Batch(known[:, -1:], position, lengths, span=length, uniform=True)
             logits = self.model.step(batch, self.cache)
-        self.ids[:, length] = self._select(logits)
+        self.ids[:, length : length + 1] = self._select(logits, self._places[length : length + 1])
 
     def _static_step(self, span: int) -> None:
-        """The same from device buffers alone, for any prefix that fits `span`: what a graph captures."""
+        """The same from device buffers alone, for any prefixes that fit `span`: what a graph captures."""
         position = self._position
+        place = position.clamp(max=self.model.config.context - 1) if self._passing else position
         if self.cache is None:
-            logits = self.model(self.ids[:, :span], last_index=position[:, 0])
+            logits = self.model(self.ids[:, :span], last_index=place[:, 0])
         else:
             newest = self.ids.gather(1, position)
-            batch = Batch(newest, position, position[:, 0] + 1, span=span, uniform=self.granularity == 1)
-            logits = self.model.step(batch, self.cache)
+            uniform = self.granularity == 1 and not self.ragged
+            logits = self.model.step(Batch(newest, place, place[:, 0] + 1, span=span, uniform=uniform), self.cache)
         # In place, and last: the pass above still reads the old position.
         position += 1
-        self.ids.scatter_(1, position, self._select(logits)[:, None])
+        self.ids.scatter_(1, position, self._select(logits, position))
 
     def _capture(self) -> None:
         """One graph per bucket, largest first, so that the smaller ones fit into the memory pool it leaves.
@@ -255,8 +253,6 @@ class Decoder:
             torch.cuda.synchronize()
             for span in spans:
                 graph = torch.cuda.CUDAGraph()
-                if self._generator is not None:
-                    graph.register_generator_state(self._generator)
                 # thread_local: a thread that reads telemetry meanwhile does not spoil the capture
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._static_step(span)
@@ -268,21 +264,6 @@ class Decoder:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     # One for all decoders: cuBLAS keeps a workspace for each stream that it ever met.
     return torch.cuda.Stream(device)
-
-
-def _check_room(model: Transformer, tokens: Tensor, new: int) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype != torch.int64:
-        raise ConfigError(
-            f"a prompt of {tuple(tokens.shape)}, {tokens.dtype}: expected int64 (rows, tokens), not empty"
-        )
-    if new < 0 or tokens.shape[1] + new > model.config.context:
-        raise ConfigError(
-            f"{tokens.shape[1]} prompt tokens and {new} new ones do not fit the model's context of "
-            f"{model.config.context}: give fewer, or a config with a larger context"
-        )
-    low, high = (int(end) for end in tokens.aminmax())
-    if low < 0 or high >= model.config.vocab_size:
-        raise ConfigError(f"token ids run from {low} to {high}: expected 0 to {model.config.vocab_size - 1}")
 
 
 @contextlib.contextmanager
