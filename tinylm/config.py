@@ -128,6 +128,13 @@ PRESETS: dict[str, ModelConfig] = {
         rope_theta=10_000.0, rope_scaling=None, attention="gqa",
         bias=False, tied=True, dropout=0.0, init_std=0.02,
     ),
+    # Of the size of nanoGPT's model for TinyShakespeare's characters, but in the LLaMA style.
+    "shakespeare-10m": ModelConfig(
+        vocab_size=65, dim=384, layers=6, heads=6, kv_heads=6, head_dim=64, d_ff=1024, context=256,
+        norm="rmsnorm", norm_eps=1e-5, norm_placement="pre", mlp="swiglu", positions="rope",
+        rope_theta=10_000.0, rope_scaling=None, attention="gqa",
+        bias=False, tied=True, dropout=0.0, init_std=0.02,
+    ),
     # The 17 M-parameter model trained on TinyStories: 17 M without the embedding's lookup table.
     "stories-17m": ModelConfig(
         vocab_size=10_000, dim=512, layers=4, heads=16, kv_heads=16, head_dim=32, d_ff=1344, context=256,
