@@ -59,8 +59,7 @@ def test_ablation(measure, device, op, phase, preset, dtype, batch, context, imp
 
         def step(text):
             optimizer.zero_grad(set_to_none=True)
-            logits = net(text[:, :-1])
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
+            loss = net.loss(text[:, :-1], text[:, 1:])
             loss.backward()
             optimizer.step()
             return loss.detach()

@@ -247,3 +247,43 @@ texts = st.lists(
 any_bytes = st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=8)), max_size=6).map(b"".join)
 # Documents: no separator inside, and more than whitespace.
 documents = texts.map(lambda text: text.replace("<|endoftext|>", "|")).filter(str.strip)
+
+
+# --- Linear cross-entropy --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCase:
+    """A call of linear cross-entropy, small to print; `inputs` makes its tensors."""
+
+    tokens: int
+    dim: int
+    vocab_size: int
+    dtype: torch.dtype = torch.float32
+    ignored: float = 0.0  # the share of targets that are -100; at least one counts
+    scale: float = 1.0  # of x: about the logits' deviation
+    rows: int = 8  # of a chunk
+    seed: int = 0
+
+    def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """x (tokens, dim) and weight (vocab_size, dim), which want gradients, and targets (tokens,)."""
+        draw = torch.Generator().manual_seed(self.seed)
+        x = self.scale * torch.randn(self.tokens, self.dim, generator=draw) / self.dim**0.5
+        weight = torch.randn(self.vocab_size, self.dim, generator=draw)
+        targets = torch.randint(self.vocab_size, (self.tokens,), generator=draw)
+        targets[1:][torch.rand(self.tokens - 1, generator=draw) < self.ignored] = -100
+        x, weight = (tensor.to(device, self.dtype).requires_grad_() for tensor in (x, weight))
+        return x, weight, targets.to(device)
+
+
+loss_cases = st.builds(
+    LossCase,
+    tokens=st.integers(1, 40),
+    dim=st.integers(1, 24),
+    vocab_size=st.integers(1, 60),
+    dtype=st.sampled_from([torch.float32, *HALF, torch.float64]),
+    ignored=st.sampled_from([0.0, 0.3, 0.9]),
+    scale=st.sampled_from([0.1, 1.0, 8.0]),
+    rows=st.integers(1, 45),
+    seed=st.integers(0, 2**16),
+)

@@ -296,12 +296,30 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(plain(tokens), model(tokens))
 
 
+@given(config=configs(), backend=st.sampled_from(["eager", "chunked"]), seed=st.integers(0, 2**16))
+def test_the_loss_is_that_of_the_logits(config: ModelConfig, backend: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Transformer(config, ops={"linear_cross_entropy": backend}).double()
+    tokens = torch.randint(config.vocab_size, (2, 8))
+    targets = tokens[:, 1:].masked_fill(torch.rand(2, 7) < 0.3, -100)
+    targets[0, 0] = 0
+    logits = model(tokens[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    found = model.loss(tokens[:, :-1], targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # fp64
+    torch.testing.assert_close(model.hidden(tokens[:, :-1]) @ model.head_weight.T, logits, rtol=1e-12, atol=1e-12)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_a_training_step_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model, tokens = Transformer(STYLES["llama-3-8b"]), torch.randint(4096, (1, 17))
 
     def loss() -> Tensor:
-        return F.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:])
+        return model.loss(tokens[:, :-1], tokens[:, 1:])
 
     before = loss()
     before.backward()
@@ -347,9 +365,9 @@ def counting(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
     def row(op: str) -> Any:
         def call(*arguments: Any) -> Any:
             calls[op] += 1
-            return torch_row(*arguments)
+            return default(*arguments)
 
-        torch_row = ops.get(op, "torch")
+        default = ops.get(op, ops.DEFAULTS[op])
         return call
 
     for op in names:
@@ -360,15 +378,19 @@ def counting(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
 @pytest.mark.parametrize(("placement", "alone"), [("pre", 1), ("post", 0)])
 def test_the_chosen_backends_are_the_ones_that_run(placement: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend of rmsnorm is that of add_rmsnorm too; a norm has no sum before it only where the model begins."""
-    calls = counting(monkeypatch, "rmsnorm", "add_rmsnorm", "linear")
+    calls = counting(monkeypatch, *ops.OPS)
     config = preset("nano", tied=False, norm_placement=placement)
-    model = Transformer(config, ops={"rmsnorm": "counting", "linear": "counting"})
-    assert model.ops == {"rmsnorm": "counting", "add_rmsnorm": "counting", "linear": "counting"}
+    model = Transformer(config, ops={op: "counting" for op in ops.OPS if op != "add_rmsnorm"})
+    assert model.ops == dict.fromkeys(ops.OPS, "counting")
     model(torch.zeros(1, 2, dtype=torch.int64))
-    assert calls == {"rmsnorm": alone, "add_rmsnorm": 4, "linear": 4 * 2 + 1}
+    passes = {"rmsnorm": alone, "add_rmsnorm": 4, "linear": 4 * 2 + 1, "linear_cross_entropy": 0}
+    assert calls == passes
     batch = Batch.at(torch.zeros(1, 2, dtype=torch.int64), 0)
     model.step(batch, model.new_cache())
-    assert calls == {"rmsnorm": 2 * alone, "add_rmsnorm": 8, "linear": 2 * (4 * 2 + 1)}
+    assert calls == {op: 2 * count for op, count in passes.items()}
+    model.loss(batch.tokens, batch.tokens)
+    # The head is the loss's own.
+    assert calls == {"rmsnorm": 3 * alone, "add_rmsnorm": 12, "linear": 3 * 4 * 2 + 2, "linear_cross_entropy": 1}
 
 
 def test_a_backend_of_add_rmsnorm_is_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,7 @@ class Transformer(nn.Module):
         if "add_rmsnorm" not in (ops or {}):
             self.ops["add_rmsnorm"] = self.ops["rmsnorm"]
         linear = op_table.get("linear", self.ops["linear"])
+        self.cross_entropy = op_table.get("linear_cross_entropy", self.ops["linear_cross_entropy"])
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.positions = choose(POSITIONS, "positions", config.positions)(config)
         self.blocks = nn.ModuleList(Block(config, self.ops) for _ in range(config.layers))
@@ -174,7 +175,7 @@ class Transformer(nn.Module):
         self.norm = choose(NORMS, "norm", config.norm)(config, self.ops) if pre else nn.Identity()
         # A tied head is no parameter of its own: no load, move or copy can part it from the embedding.
         self.head = None if config.tied else op_table.Linear(config.dim, config.vocab_size, False, linear)
-        self._project = linear
+        self._linear = linear
         self.init_weights()
 
     @classmethod
@@ -229,19 +230,37 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def forward(self, tokens: Tensor, *, last_only: bool = False, last_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        last_only: bool = False,
+        last_index: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) int64, causal, without a cache.
 
         last_only: of the last token alone, (B, 1, V). last_index: of token last_index[b] of each row, (B, 1,
-        V), for rows padded on the right. Raises ConfigError if T passes the model's context.
+        V), for rows padded on the right. targets: no logits but what `loss` gives, for wrappers such as DDP,
+        which know a module's forward alone. Raises ConfigError if T passes the model's context.
         """
-        self._check_span(tokens.shape[1])
-        residual, rotation = self._enter(tokens, None)
-        for block in self.blocks:
-            residual = block(residual, rotation)
+        if targets is not None:
+            return self.cross_entropy(self.hidden(tokens).flatten(0, 1), self.head_weight, targets.flatten())
+        residual = self._through(tokens)
         if last_index is not None:
             residual = _pick(residual, last_index)
-        return self._logits(_last(residual) if last_only else residual)
+        return self._project(self._normed(_last(residual) if last_only else residual))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, () fp32, in nats a token, of predicting targets (B, T) int64 after tokens (B, T) int64.
+
+        A target of -100 does not count. By the op linear_cross_entropy, which need not hold the logits.
+        """
+        return self(tokens, targets=targets)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads, (B, T, C), of tokens (B, T) int64."""
+        return self._normed(self._through(tokens))
 
     def step(self, batch: Batch, cache: Cache, *, last_only: bool = True) -> Tensor:
         """Logits of a batch's new tokens over what the cache holds, which they join: (B, T, V).
@@ -258,7 +277,7 @@ class Transformer(nn.Module):
             residual = _last(residual)
         elif last_only and batch.tokens.shape[1] > 1:
             residual = _pick(residual, batch.lengths - 1 - batch.positions[:, 0])
-        return self._logits(residual)
+        return self._project(self._normed(residual))
 
     def _check_span(self, span: int) -> None:
         if span > self.config.context:
@@ -271,9 +290,18 @@ class Transformer(nn.Module):
         x, rotation = self.positions(self.embed(tokens), positions)
         return (F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x,), rotation
 
-    def _logits(self, residual: Residual) -> Tensor:
-        x, _ = normed(self.norm, *residual)
-        return self._project(x, self.embed.weight, None) if self.head is None else self.head(x)
+    def _through(self, tokens: Tensor) -> Residual:
+        self._check_span(tokens.shape[1])
+        residual, rotation = self._enter(tokens, None)
+        for block in self.blocks:
+            residual = block(residual, rotation)
+        return residual
+
+    def _normed(self, residual: Residual) -> Tensor:
+        return normed(self.norm, *residual)[0]
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.embed.weight, None) if self.head is None else self.head(x)
 
     def streams(self) -> tuple[Stream, ...]:
         """What a cache stores per token and layer."""

@@ -12,6 +12,12 @@ from typing import Any
 import torch
 
 from tinylm.ops import rmsnorm_cuda  # the module, which a function of its own name must not hide
+from tinylm.ops.cross_entropy import (
+    compiled_linear_cross_entropy,
+    linear_cross_entropy_chunked,
+    linear_cross_entropy_eager,
+    linear_cross_entropy_reference,
+)
 from tinylm.ops.linear import Linear, linear_reference, linear_torch
 from tinylm.ops.rmsnorm import (
     add_rmsnorm_eager,
@@ -43,12 +49,23 @@ OPS: dict[str, dict[str, Callable[..., Any]]] = {
         "liger": add_rmsnorm_liger,
     },
     "linear": {"torch": linear_torch},
+    "linear_cross_entropy": {
+        "eager": linear_cross_entropy_eager,
+        "compile": compiled_linear_cross_entropy(),
+        "chunked": linear_cross_entropy_chunked,
+    },
 }
-DEFAULTS: dict[str, str] = {"rmsnorm": "torch", "add_rmsnorm": "torch", "linear": "torch"}
+DEFAULTS: dict[str, str] = {
+    "rmsnorm": "torch",
+    "add_rmsnorm": "torch",
+    "linear": "torch",
+    "linear_cross_entropy": "chunked",
+}
 REFERENCES: dict[str, Callable[..., Any]] = {
     "rmsnorm": rmsnorm_reference,
     "add_rmsnorm": add_rmsnorm_reference,
     "linear": linear_reference,
+    "linear_cross_entropy": linear_cross_entropy_reference,
 }
 
 
@@ -64,11 +81,17 @@ def _linear_example(**to: Any) -> tuple[Any, ...]:
     return torch.randn(4, 64, **to), torch.randn(32, 64, **to), torch.randn(32, **to)
 
 
+def _linear_cross_entropy_example(**to: Any) -> tuple[Any, ...]:
+    targets = torch.arange(4, device=to.get("device"))
+    return torch.randn(4, 64, **to), torch.randn(32, 64, **to), targets
+
+
 # Small arguments for each op, made with the keywords of torch.randn.
 EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "rmsnorm": _rmsnorm_example,
     "add_rmsnorm": _add_rmsnorm_example,
     "linear": _linear_example,
+    "linear_cross_entropy": _linear_cross_entropy_example,
 }
 
 # A word in the reason why a backend cannot run -> what to do about it.
@@ -109,7 +132,7 @@ def _probe(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             arguments = EXAMPLES[op](device=device, dtype=dtype)
-            tensors = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
+            tensors = [a.requires_grad_() for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
             outputs = get(op, backend)(*arguments)
             # Of an op with several outputs, the first carries the gradient of all that went in.
             (outputs[0] if isinstance(outputs, tuple) else outputs).sum().backward()
