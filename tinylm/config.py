@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message is one line: what was given, what was expected, what to do."""
 
 
+class CheckpointError(ValueError):
+    """The files of a checkpoint do not make up what they should. One line: which file, what is wrong, what to do."""
+
+
 ROPE_SCALINGS = ("llama3", "linear")
 
 

@@ -16,13 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinylm.config import ConfigError, ModelConfig, RopeScaling
+from tinylm.config import CheckpointError, ConfigError, ModelConfig, RopeScaling
 from tinylm.model import Transformer
-
-
-class CheckpointError(ValueError):
-    """The files of a checkpoint do not make up the model that its config.json describes."""
-
 
 # Their name -> ours. What is fused here comes from several: in this order, each the next rows of ours.
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
