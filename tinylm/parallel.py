@@ -1,0 +1,171 @@
+"""Data parallelism over the ranks that `torchrun` started, put around a finished model from outside.
+
+`ddp`: every rank holds the model and gradients are averaged (DistributedDataParallel). `fsdp`: every rank
+holds a slice of each tensor, which is gathered when its block runs (FSDP2's `fully_shard`). A rank gets its
+slice of each batch; gloo carries the tensors between CPUs, NCCL between GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tinylm.config import ConfigError
+from tinylm.model import Transformer
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, and which of them this process is."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that writes files and talks."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of equally shaped tensors, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def own_random(self) -> AbstractContextManager[None]:
+        """Leaves torch's random generators, at the end, as they were before."""
+        return torch.random.fork_rng(devices=[self.device.index] if self.device.type == "cuda" else [])
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A model under a kind of parallelism: `module(tokens, targets=targets)` is this rank's loss."""
+
+    module: Callable[..., Tensor]  # to be differentiated
+    plain: Callable[..., Tensor]  # to be looked at alone: not compiled whole, since shapes and mode differ
+    # Around each pass: whether its gradients meet those of the other ranks, as they must in a step's last.
+    reducing: Callable[[bool], AbstractContextManager[Any]]
+
+
+def _none(model: Transformer, world: World, compiled: bool) -> Wrapped:
+    return Wrapped(torch.compile(model, dynamic=False) if compiled else model, model, lambda last: nullcontext())
+
+
+def _ddp(model: Transformer, world: World, compiled: bool) -> Wrapped:
+    ids = None if world.device.type == "cpu" else [world.device.index]
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    # Around DDP: torch then compiles its buckets one by one, and reduces one while the next is computed.
+    module = torch.compile(ddp, dynamic=False) if compiled else ddp
+    return Wrapped(module, model, lambda last: nullcontext() if last else ddp.no_sync())
+
+
+def _fsdp(model: Transformer, world: World, compiled: bool) -> Wrapped:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    for block in model.blocks:
+        if compiled:
+            block.compile(dynamic=False)  # by itself: what gathers its tensors stays outside of the graph
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sharded: Any = model
+    assert isinstance(sharded, FSDPModule)
+
+    @contextlib.contextmanager
+    def reducing(last: bool) -> Iterator[None]:
+        sharded.set_requires_gradient_sync(last)
+        yield
+
+    return Wrapped(model, model, reducing)
+
+
+KINDS: dict[str, Callable[[Transformer, World, bool], Wrapped]] = {"none": _none, "ddp": _ddp, "fsdp": _fsdp}
+
+
+def wrap(model: Transformer, kind: str, world: World, *, compiled: bool = False) -> Wrapped:
+    """A finished model under a row of KINDS; fsdp changes it in place: its parameters become DTensors.
+
+    compiled: by torch.compile, when first called.
+    """
+    return KINDS[kind](model, world, compiled)
+
+
+@contextlib.contextmanager
+def ranks(kind: str, device: str = "auto") -> Iterator[World]:
+    """This process among the ranks; joins them if it has not yet, and then leaves them at the end.
+
+    device: "auto" is CUDA where there is one. Raises ConfigError for a device that is not there, and where
+    `kind` and what torchrun started do not fit.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"unknown parallel {kind!r}: use one of {', '.join(KINDS)}")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if kind != "none" and "RANK" not in os.environ:
+        raise ConfigError(
+            f"parallel {kind} needs ranks: start it by torchrun --standalone --nproc-per-node N -m tinylm.train"
+        )
+    if kind == "none" and launched > 1:
+        raise ConfigError(f"torchrun started {launched} ranks, and parallel is none: give --parallel ddp or fsdp")
+    found = _device(device)
+    if kind == "none":
+        yield World(found)
+        return
+    on_gpu = found.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(found)
+    joins = not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None)
+    yield World(found, dist.get_rank(), dist.get_world_size())
+    # Not after an error: to leave can mean to wait for ranks that wait for this one, which torchrun ends if this ends.
+    if joins:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: use cpu, cuda, or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local if device.index is None else device.index)
+    there = torch.cuda.device_count()
+    if device.index >= there:
+        raise ConfigError(f"device {device}: torch sees {there} CUDA devices; use one of them, or --device cpu")
+    return device
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which this rank may hold a slice; every rank must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def assign(tensor: Any, value: Tensor) -> None:
+    """Copies a whole `value`, the same on every rank, into a tensor of which this rank may hold a slice."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
