@@ -138,9 +138,7 @@ class _Run:
     # --- its state ---------------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> float:
-        """Compiles and captures outside the clock, and leaves the state as it was; the seconds it took."""
-        if self.world.device.type == "cpu" and not self.config.compile:
-            return 0.0
+        """Compiles, captures, loads kernels outside the clock, and leaves the state as it was; the seconds it took."""
         # Each run compiles anew: torch counts how often it compiles the same code, and gives up at the eighth time.
         if self.config.compile:
             torch.compiler.reset()
