@@ -193,9 +193,9 @@ def lay_out(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for part in figure.subfigs:
-        part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(9))
     for axes in figure.get_axes():
-        axes.set_position(Bbox(axes.get_position().get_points().round(6)))
+        axes.set_position(Bbox(axes.get_position().get_points().round(9)))
 
 
 def spread_words(points: pd.DataFrame) -> str:
