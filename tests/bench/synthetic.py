@@ -228,3 +228,33 @@ def plain(tests: int = 2) -> dict[str, Any]:
         "datetime": "2026-11-21T05:12:00+00:00",
         "version": "5.1.0",
     }
+
+
+LOG = (
+    *("step", "tokens", "seconds", "lr", "train_loss", "grad_norm", "val_loss", "perplexity", "bits_per_byte"),
+    *("tokens_per_s", "mfu"),
+)
+
+
+def write_log(
+    path: Path,
+    *,
+    rows: int = 40,
+    seed: int = 0,
+    every: int = 10,
+    tokens: int = 8192,
+    rate: float = 1e6,
+    floor: float = 1.4,
+) -> Path:
+    """A training log in the shape of `python -m tinylm.train`: a row for 10 steps, a validation every `every` rows."""
+    noise, lines = random.Random(seed), [",".join(LOG)]
+    for row in range(1, rows + 1):
+        step = 10 * row
+        loss = floor + 2.8 * math.exp(-5 * row / rows) + noise.gauss(0, 0.02)
+        held_out = loss + 0.1 + 0.1 * row / rows
+        validated = [held_out, math.exp(held_out), held_out / math.log(2)] if row % every == 0 else [""] * 3
+        values = [step, step * tokens, step * tokens / rate, 1e-3, loss, 1.0, *validated, rate, 0.4]
+        lines.append(",".join(map(str, values)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(f"{line}\r\n" for line in lines).encode())
+    return path

@@ -37,7 +37,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def drawn(table: pd.DataFrame) -> Drawn:
     found = {}
-    for name in PLOTS:
+    for name in NAMES:
         result = plots.draw(name, table)
         assert not isinstance(result, str), result
         found[name] = result
@@ -53,7 +53,7 @@ def panels(figure: Figure) -> list[Axes]:
 
 
 def test_the_plots_of_the_issue() -> None:
-    assert list(PLOTS) == NAMES
+    assert list(PLOTS) == [*NAMES, "training_curve"]  # which has its own tests: it is not of the same table
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if PLOTS[name].x])

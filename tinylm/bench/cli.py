@@ -21,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from tinylm.bench import compare as comparison
-from tinylm.bench import compare_text, launch, results, supervisor, telemetry
+from tinylm.bench import compare_text, launch, results, supervisor, telemetry, training_logs
 from tinylm.bench import journal as journals
 from tinylm.bench.plan import RUNGS
 from tinylm.bench.results import PLOTS, TABLES, BadInput, BrokenFile, Row
@@ -58,9 +58,20 @@ Inputs = Annotated[
 def _read(inputs: list[str] | None) -> tuple[list[Row], bool]:
     """The rows, and whether a file was broken; broken files are named on stderr."""
     rows, broken = results.read(inputs or [RESULTS])
+    return rows, _told(broken)
+
+
+def _read_with_logs(inputs: list[str] | None) -> tuple[list[Row], bool]:
+    """The same, and the rows of training logs."""
+    logs, broken = training_logs.read(inputs or [RESULTS])
+    rows, also = results.read(inputs or [RESULTS], required=not (logs or broken))
+    return rows + logs, _told(broken + also)
+
+
+def _told(broken: list[str]) -> bool:
     for line in broken:
         typer.echo(line, err=True)
-    return rows, bool(broken)
+    return bool(broken)
 
 
 @app.command()
@@ -81,12 +92,15 @@ def _merge(rows: list[Row], out: Path) -> None:
 
 @app.command()
 def plot(
-    inputs: Inputs = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="JSON files, training logs, folders of them or quoted patterns [default: results]"),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the pictures")] = RESULTS / PLOTS,
     only: Annotated[list[str] | None, typer.Option(help="draw this plot only (may be repeated)")] = None,
 ) -> None:
     """Draw every plot as PNG and SVG, one series per label, each with a CSV of the numbers that it shows."""
-    rows, broken = _read(inputs)
+    rows, broken = _read_with_logs(inputs)
     _plot(rows, out, only or [])
     raise typer.Exit(int(broken))
 
@@ -310,8 +324,9 @@ def run(
     typer.echo(f"\n{final}")
     rows, broken = _read([str(folder)])
     _merge(rows, folder / TABLES)
-    _plot(rows, folder / PLOTS, [])
-    raise typer.Exit(status or int(broken))
+    logs, broken_logs = training_logs.read([folder])
+    _plot(rows + logs, folder / PLOTS, [])
+    raise typer.Exit(status or int(_told(broken_logs) or broken))
 
 
 @app.command()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.transforms import Bbox
 
 from tinylm.bench import marks
 from tinylm.bench.look import SPOKEN, Look, Pens, ordered, words
@@ -39,12 +40,9 @@ class _Picture:
         self.across = [key for key in look.across if key in points]
         self.down = [key for key in look.down if key in points]
         self.down += [key for key in free if look.x and key != look.style]
-        self.handles = self._handles()
         self.ends: list[tuple[Axes, list[marks.End]]] = []
         self._lay_out()
-        self._frame()
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")  # it is laid out; every further draw would do it again
+        lay_out(self.figure)
         for axes, ends in self.ends if self.pens.direct else []:
             marks.tag(axes, ends, self.pens)
 
@@ -62,22 +60,15 @@ class _Picture:
             {} if self.look.x else self._slots(pd.concat(line)) for line in parts
         ]
         width = max(map(len, grid))
-        # Sizes in inches. The title is one line; the legend and the notes take the lines that they need.
+        # Sizes in inches.
         if self.look.x:
             heights, wide = [self.look.height] * len(grid), (3.35 if width > 2 else 4.3) * width
         else:
             heights = [0.7 + 0.19 * (max(line.values()) + 1) for line in slots]
             wide = (4.0 if width > 1 else 6.6) * width + 0.065 * max(len(c) for line in slots for c, _ in line)
-        wide = max(wide, 0.11 * len(self.look.title) + 0.2)
-        spans = [0.65 + 0.065 * len(str(handle.get_label())) for handle in self.handles] or [1.0]
-        self.columns = len(spans) if sum(spans) <= wide else max(1, int(wide / max(spans)))
-        self.notes = [line for note in self._notes() for line in textwrap.wrap(note, int(wide / 0.062))]
-        legend = 0.1 + 0.2 * -(-len(spans) // self.columns) if self.handles else 0.0
-        head, foot = 0.4 + 0.17 * bool(self._common()) + legend, 0.12 + 0.15 * len(self.notes)
-        self.figure = Figure(figsize=(wide, head + sum(heights) + foot), layout="constrained")
-        self.figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
-        strips: Any = self.figure.subfigures(3, 1, height_ratios=(head, sum(heights), foot))
-        self.head, body, self.foot = strips
+        self.figure, body = framed(
+            self.look.title, self._common(), self._handles(), self._notes(), wide=wide, tall=sum(heights)
+        )
         cells = body.subplots(len(grid), width, squeeze=False, height_ratios=heights)
         for i, k in itertools.product(range(len(grid)), range(width)):
             panel = parts[i][k] if k < len(parts[i]) else self.points[:0]
@@ -161,19 +152,50 @@ class _Picture:
     def _notes(self) -> list[str]:
         return [spread_words(self.points), *filter(None, self.look.note.split("\n"))]
 
-    def _frame(self) -> None:
-        """Title, what all panels have in common, legend, and how to read the spread."""
-        width = self.figure.get_figwidth()
-        left, height = 0.1 / width, self.head.bbox.height / self.figure.dpi
-        self.head.text(left, 1 - 0.1 / height, self.look.title, va="top", fontsize=12, fontweight="bold")
-        self.head.text(left, 1 - 0.36 / height, self._common(), va="top", fontsize=9, color=GREY)
-        if self.handles:
-            self.head.legend(
-                handles=self.handles, loc="lower left", bbox_to_anchor=(left, 0), ncols=self.columns,
-                frameon=False, fontsize=8.5, borderpad=0, borderaxespad=0.1, handlelength=2.6,
-                columnspacing=1.6,
-            )  # fmt: skip
-        self.foot.text(left, 0.5, "\n".join(self.notes), va="center", fontsize=7.5, color=GREY)
+
+def framed(
+    title: str, common: str, handles: Sequence[Any], notes: Iterable[str], *, wide: float, tall: float
+) -> tuple[Figure, SubFigure]:
+    """A figure with a title, what all panels have in common, a legend and notes; and its body, where panels go.
+
+    wide, tall: inches of the body, which is widened where the title needs it.
+    """
+    # The title is one line; the legend and the notes take the lines that they need.
+    wide = max(wide, 0.11 * len(title) + 0.2)
+    spans = [0.65 + 0.065 * len(str(handle.get_label())) for handle in handles] or [1.0]
+    columns = len(spans) if sum(spans) <= wide else max(1, int(wide / max(spans)))
+    lines = [line for note in notes for line in textwrap.wrap(note, int(wide / 0.062))]
+    legend = 0.1 + 0.2 * -(-len(spans) // columns) if handles else 0.0
+    above, below = 0.4 + 0.17 * bool(common) + legend, 0.12 + 0.15 * len(lines)
+    figure = Figure(figsize=(wide, above + tall + below), layout="constrained")
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
+    strips: Any = figure.subfigures(3, 1, height_ratios=(above, tall, below))
+    head, body, foot = strips
+    left, height = 0.1 / wide, head.bbox.height / figure.dpi
+    head.text(left, 1 - 0.1 / height, title, va="top", fontsize=12, fontweight="bold")
+    head.text(left, 1 - 0.36 / height, common, va="top", fontsize=9, color=GREY)
+    if handles:
+        head.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(left, 0), ncols=columns,
+            frameon=False, fontsize=8.5, borderpad=0, borderaxespad=0.1, handlelength=2.6,
+            columnspacing=1.6,
+        )  # fmt: skip
+    foot.text(left, 0.5, "\n".join(lines), va="center", fontsize=7.5, color=GREY)
+    return figure, body
+
+
+def lay_out(figure: Figure) -> None:
+    """Place all parts, once: every further draw would do it again.
+
+    The solver's last digits depend on where its variables lie in memory. They are cut off, because an SVG's names of
+    clip paths are digests of all of them: the same numbers shall give the same bytes.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(9))
+    for axes in figure.get_axes():
+        axes.set_position(Bbox(axes.get_position().get_points().round(9)))
 
 
 def spread_words(points: pd.DataFrame) -> str:

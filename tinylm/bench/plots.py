@@ -19,7 +19,7 @@ import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tinylm.bench import picture, results
+from tinylm.bench import picture, results, training_curve
 from tinylm.bench.look import Look, ordered
 
 RUN = ["label", "suite", "run"]
@@ -222,10 +222,11 @@ def ablation(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot(Look):
-    """One picture: its points, and why there may be none."""
+    """One picture: its points, why there may be none, and how they become a figure."""
 
     points: Callable[[pd.DataFrame], pd.DataFrame]
     empty: str
+    figure: Callable[[Look, pd.DataFrame, Sequence[str]], Figure] = picture.figure
 
 
 NO_KV = "no measured cell of kv_cache with tokens_per_s"
@@ -289,6 +290,13 @@ PLOTS: dict[str, Plot] = {
         dots=True, note=f"Time: of a token (decode), of a training step (train). {SAME_RUN}",
         reference={"speed relative to torch": 1},
     ),
+    "training_curve": Plot(
+        title="Training: loss over tokens and over seconds",
+        points=training_curve.points, empty="no training log with a loss", figure=training_curve.figure, height=3.3,
+        note="Numbers: the last validation loss; of several runs their median, lowest and highest.\n"
+        "Train loss: means over the steps since the point before. Seconds: as logged, without compilation, validation "
+        "and checkpoints.\nLosses a token compare where the tokenizer is the same.",
+    ),
 }  # fmt: skip
 
 
@@ -299,7 +307,7 @@ def draw(name: str, table: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | str:
     if points.empty:
         return plot.empty
     with sns.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}), rc_context(STYLE):
-        return picture.figure(plot, points, sorted(set(table["label"]))), points
+        return plot.figure(plot, points, sorted(set(table["label"]))), points
 
 
 def save(table: pd.DataFrame, folder: Path, names: Sequence[str] = ()) -> Iterator[tuple[str, list[Path], str]]:

@@ -47,6 +47,7 @@ ORIGIN = ("device_name", "device_memory_bytes", "torch", "datetime", "commit", "
 UNLABELLED = "unlabelled"
 # Folders of results/ that hold what is made from the runs.
 TABLES, PLOTS = "tables", "plots"
+TRAINING_LOG = "log.csv"  # what makes a folder that of a training run, wherever it is
 CALIBRATION = "calibration.json"  # in a label's folder: what `tinylm-bench calibrate` found; no run
 
 
@@ -68,25 +69,38 @@ def check_label(name: str) -> str:
     return name
 
 
-def find(inputs: Iterable[str | Path]) -> dict[Path, Path]:
+def find(inputs: Iterable[str | Path], *, required: bool = True) -> dict[Path, Path]:
     """The JSON files that `inputs` (files, folders, glob patterns) name, each once -> the input it is from.
 
-    Hidden files and folders inside a folder are left out: runs in progress are there. Raises BadInput for
-    an input that does not exist, and where no file is found at all.
+    Calibrations, CSV files and the checkpoints of a training run are left out. Raises BadInput for an input that does
+    not exist, and, if `required`, where no file is found at all.
     """
-    files: dict[Path, Path] = {}
-    given_inputs = [str(given) for given in inputs]
-    for path in _named(given_inputs):
-        for file in _inside(path, "*.json") if path.is_dir() else [path]:
-            if file == path or not calibration(file):
-                files.setdefault(file, path)
-    unique = {file.resolve(): file for file in reversed(files)}
-    if not unique:
+    given = [str(name) for name in inputs]
+    found = {
+        file: source
+        for file, source in files(given, ".json").items()
+        if file.suffix != ".csv" and (file == source or not (calibration(file) or _of_training(file, source)))
+    }
+    if required and not found:
         raise BadInput(
-            f"{', '.join(given_inputs)}: no JSON files there; make some with `tinylm-bench run` or "
-            "`pytest benchmarks --benchmark-json=FILE`"
+            f"{', '.join(given)}: no JSON files there (nor, for `plot`, rows of training logs); make some with "
+            "`tinylm-bench run` or `pytest benchmarks --benchmark-json=FILE`"
         )
-    return {file: files[file] for file in sorted(unique.values(), key=lambda file: file.as_posix())}
+    return found
+
+
+def files(inputs: Iterable[str | Path], suffix: str) -> dict[Path, Path]:
+    """The files that `inputs` name, and those of `suffix` in the folders that they name, each once -> its input.
+
+    Hidden files and folders inside a folder are left out: runs in progress are there. Raises BadInput for
+    an input that does not exist.
+    """
+    found: dict[Path, Path] = {}
+    for path in _named(map(str, inputs)):
+        for file in _inside(path, f"*{suffix}") if path.is_dir() else [path]:
+            found.setdefault(file, path)
+    unique = {file.resolve(): file for file in reversed(found)}
+    return {file: found[file] for file in sorted(unique.values(), key=lambda file: file.as_posix())}
 
 
 def _named(inputs: Iterable[str]) -> Iterator[Path]:
@@ -102,6 +116,12 @@ def _inside(folder: Path, pattern: str) -> Iterator[Path]:
     for file in sorted(folder.rglob(pattern)):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts) and file.is_file():
             yield file
+
+
+def _of_training(file: Path, source: Path) -> bool:
+    """A file in the folder of a training run, below `source`, or in a folder inside it."""
+    inner = len(file.relative_to(source).parts)
+    return any((folder / TRAINING_LOG).is_file() for folder in file.parents[:inner])
 
 
 def calibration(file: Path) -> dict[str, Any] | None:
@@ -142,23 +162,25 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
-def read(inputs: Iterable[str | Path]) -> tuple[list[Row], list[str]]:
-    """All rows of all files that `inputs` name, and one line for each broken file."""
-    runs, broken = documents(inputs)
+def read(inputs: Iterable[str | Path], *, required: bool = True) -> tuple[list[Row], list[str]]:
+    """All rows of all files that `inputs` name, and one line for each broken file; BadInput as `find`."""
+    runs, broken = documents(inputs, required=required)
     return [row for run, document in runs for row in rows_of(document, run)], broken
 
 
-def documents(inputs: Iterable[str | Path]) -> tuple[list[tuple[Row, dict[str, Any]]], list[str]]:
+def documents(
+    inputs: Iterable[str | Path], *, required: bool = True
+) -> tuple[list[tuple[Row, dict[str, Any]]], list[str]]:
     """Each file's label, suite and run, with its document; and one line for each broken file."""
     runs: list[tuple[Path, tuple[str, str, str], dict[str, Any]]] = []
     broken = []
-    for file, source in find(inputs).items():
+    for file, source in find(inputs, required=required).items():
         try:
             document = load(file)
         except BrokenFile as error:
             broken.append(str(error))
             continue
-        label, suite = _layout(file, source)
+        label, suite = layout(file, source)
         named = _mapping(document.get("machine_info")).get("label")
         runs.append((file, (str(named) if named else label, suite, file.stem), document))
     keys = [key for _, key, _ in runs]
@@ -170,8 +192,8 @@ def documents(inputs: Iterable[str | Path]) -> tuple[list[tuple[Row, dict[str, A
     return found, broken
 
 
-def _layout(file: Path, source: Path) -> tuple[str, str]:
-    """Label and suite from results/<label>/<suite>/<run>.json; any folder may stand for results/."""
+def layout(file: Path, source: Path) -> tuple[str, str]:
+    """Label and suite from results/<label>/<suite>/<run>.json; `source`, where the file was found, may be results/."""
     parts = file.absolute().parts
     inside = file.relative_to(source).parts if source != file else ()
     if len(inside) == 3 or (len(parts) > 3 and parts[-4] == "results"):
