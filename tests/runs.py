@@ -1,12 +1,9 @@
-"""Small training runs, what they leave, and a full disk, for several test files."""
+"""Small training runs and what they leave, for several test files."""
 
 from __future__ import annotations
 
 import csv
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +53,3 @@ def outcome(run: Path) -> tuple[Any, ...]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """As on a full disk: no file may grow past `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

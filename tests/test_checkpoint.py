@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import contents, room
+from runs import contents
 from strategies import configs
 from torch import Tensor
 
@@ -154,7 +155,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_part(share: float, tmp_pa
     path = save(tmp_path, 1, tokenizer)
     before = contents(tmp_path)
     largest = max(len(data) for data in before.values())
-    with room(math.floor(share * largest)), pytest.raises(CheckpointError, match="cannot be written") as caught:
+    with largest_file(math.floor(share * largest)), pytest.raises(CheckpointError, match="cannot be written") as caught:
         save(tmp_path, 2, tokenizer)
     assert str(path) in str(caught.value)
     assert contents(tmp_path) == before and not list(tmp_path.glob(".*"))

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from full_disk import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import TINY, contents, log, losses, outcome, prepared, room, settings_of
+from runs import TINY, contents, log, losses, outcome, prepared, settings_of
 from torch import Tensor
 
 from tinylm import checkpoint, data, parallel
@@ -221,7 +222,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tokens: str, tmp_path: Path) -> 
     config = settings_of(tokens, tmp_path / "run", keep=9)
     train(dataclasses.replace(config, steps=4))
     good = contents(tmp_path / "run" / "step-00000004")
-    with room(10_000), pytest.raises(CheckpointError, match="cannot be written") as caught:
+    with largest_file(10_000), pytest.raises(CheckpointError, match="cannot be written") as caught:
         train(dataclasses.replace(config, resume=True))
     assert "step-00000004" in str(caught.value)
     assert [path.name for path in checkpoint.saved(tmp_path / "run")] == ["step-00000004"]
