@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -37,18 +38,22 @@ def test_twenty_kills_at_random_moments_lose_no_finished_cell(tmp_path: Path) ->
         before = len(written(suite.journal))
         pid = runs.start("--in-process", *resume)
         if kill % 4:  # three of four are killed while they measure, the others at any moment
-            while b'{"start"' not in written(suite.journal)[before:]:
+            while b'{"start"' not in written(suite.journal)[before:] and psutil.pid_exists(pid):
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.06))
         else:
             time.sleep(moments.uniform(0, 0.5))
-        os.kill(pid, signal.SIGKILL)
-        assert runs.status() == -signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        status = runs.status()
+        if status == 0:  # a fast machine is done before the twentieth
+            break
+        assert status == -signal.SIGKILL
         now = {line["name"]: line["data"] for line in suite.lines() if "fullname" in line}
         assert now == now | finished  # nothing that was there is gone, or another
         assert {name: suite.calls[name] for name in called} == called  # or is measured again
         finished, called = now, {name: suite.calls[name] for name in now}
-    assert 0 < len(finished) < 120
+    assert finished
     runs.start("--in-process", "--resume=out.json")
     assert runs.status() == 0, suite.output.read_text()
     runs.close()
