@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, preparation, prepare
 from tinylm.data.__main__ import app
-from tinylm.data.tokens import MANIFEST, ShardWriter
+from tinylm.data.tokens import MANIFEST, ShardWriter, is_prepared
 from tinylm.data.windows import IGNORED, permuted
 from tinylm.tokenizer import EOT, Tokenizer
 
@@ -175,6 +176,23 @@ def test_a_full_disk_leaves_nothing(text: Path, own_home: Path) -> None:
     assert len(Tokens(prepare(text=text, vocab_size=300), "train")) > 0
 
 
+def test_files_are_on_the_disk_before_the_folder_has_its_name(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    sync, rename = os.fsync, os.rename
+
+    def spy_sync(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        sync(file)
+
+    def spy_rename(part: Path, target: Path) -> None:
+        assert synced == {path.stat().st_ino for path in part.iterdir()}
+        rename(part, target)
+
+    monkeypatch.setattr("os.fsync", spy_sync)
+    monkeypatch.setattr("os.rename", spy_rename)
+    assert len(list(prepare(text=text, vocab_size=300).iterdir())) == len(synced) == 4
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -313,10 +331,13 @@ def test_files_that_are_not_what_was_prepared(text: Path, split: str) -> None:
         (changed, "its digest differs"),
     ):
         path.write_bytes(data)
-        fails(message, lambda: Tokens(folder, split))
+        fails(f"{message}.*remove {folder}, then prepare", lambda: Tokens(folder, split))
     assert len(Tokens(folder, split, verify=False)) == len(content) // 2
     path.unlink()
     fails("cannot be read", lambda: Tokens(folder, split))
+    fails("cannot be read", lambda: prepare(text=text, vocab_size=300))
+    path.write_bytes(content[:-1])
+    fails("bytes, expected", lambda: prepare(text=text, vocab_size=300))
     path.write_bytes(content)
     assert Tokens(folder, split).digest == digest
 
@@ -328,6 +349,22 @@ def test_folders_that_are_none(text: Path, tmp_path: Path) -> None:
     for content, message in (("{", "cannot be read"), ("[]", "not of format 1"), ('{"format": 2}', "not of format 1")):
         (folder / MANIFEST).write_text(content)
         fails(message, lambda: Tokens(folder, "train"))
+        fails(f"{message}.*remove {folder}, then prepare", lambda: prepare(text=text, vocab_size=300))
+    shutil.rmtree(folder)
+    assert prepare(text=text, vocab_size=300) == folder
+
+
+def test_a_data_json_of_ones_own_makes_no_prepared_folder(text: Path, tmp_path: Path) -> None:
+    folder = prepare(text=text, vocab_size=300)
+    assert is_prepared(folder)
+    (folder / MANIFEST).write_text("{")
+    assert is_prepared(folder)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / MANIFEST).write_text('{"stories": 300}')
+    assert not is_prepared(own)
+    assert not is_prepared(text)
+    fails("own is there, and is no prepared data", lambda: prepare(text=text, folder=own))
 
 
 def test_digests_tell_splits_and_settings_apart(text: Path) -> None:

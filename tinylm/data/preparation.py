@@ -21,7 +21,7 @@ import numpy as np
 
 from tinylm.config import ConfigError
 from tinylm.data.corpus import SOURCES, SPLITS, STDLIB, Corpus, Piece, find
-from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, manifest
+from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, Tokens, is_prepared, manifest
 from tinylm.tokenizer import Tokenizer, check_bpe, train_bpe, train_char
 
 if TYPE_CHECKING:
@@ -96,12 +96,14 @@ def prepare(
 def _is_prepared(folder: Path, identity: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / MANIFEST).is_file():
+    if not is_prepared(folder):
         raise ConfigError(f"{folder} is there, and is no prepared data: name another folder")
     found = manifest(folder)
     for name, wanted in identity.items():
         if found.get(name) != wanted:
             raise ConfigError(f"{folder} was prepared with {name} {found.get(name)}, not {wanted}: name another folder")
+    for split in found["splits"]:
+        Tokens(folder, split, verify=False)
     return True
 
 
@@ -121,9 +123,17 @@ def _make(target: Path, corpus: Corpus, identity: dict[str, Any], progress: bool
         part.mkdir()
         try:
             _fill(part, corpus, identity, progress)
+            _sync(part)
             os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Puts a folder's files on the disk, where a rename could arrive before them."""
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _fill(folder: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:
