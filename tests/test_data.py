@@ -176,6 +176,15 @@ def test_a_full_disk_leaves_nothing(text: Path, own_home: Path) -> None:
     assert len(Tokens(prepare(text=text, vocab_size=300), "train")) > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that takes no files from anybody")
+def test_a_folder_that_cannot_be_made_is_an_error_and_not_waited_for(text: Path) -> None:
+    code = "import sys; from tinylm.data.__main__ import app; app(sys.argv[1:])"
+    line = [sys.executable, "-c", code, "prepare", "--text", str(text), "--folder", "/proc/made"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "/proc/.made.lock cannot be read or written" in done.stderr
+
+
 def test_files_are_on_the_disk_before_the_folder_has_its_name(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[int] = set()
     sync, rename = os.fsync, os.rename

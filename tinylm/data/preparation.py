@@ -21,6 +21,7 @@ import numpy as np
 
 from tinylm.config import ConfigError
 from tinylm.data.corpus import SOURCES, SPLITS, STDLIB, Corpus, Piece, find
+from tinylm.data.download import locked
 from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, Tokens, is_prepared, manifest
 from tinylm.tokenizer import Tokenizer, check_bpe, train_bpe, train_char
 
@@ -108,11 +109,8 @@ def _is_prepared(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _make(target: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:
-    import filelock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes that want the same, such as the ranks of a run, one works and the others wait.
-    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")):
         if _is_prepared(target, identity):
             return
         # What a killed process left.
