@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import shutil
@@ -78,7 +79,7 @@ def written(folder: Path, ids: np.ndarray, shard_tokens: int = 1 << 20, vocab_si
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_tokens_are_the_documents_each_with_its_end(text: Path, kind: str) -> None:
-    folder = prepare(text=text, tokenizer=kind, vocab_size=300)
+    folder = prepare(text=text, tokenizer=kind, vocab_size=300 if kind == "bpe" else None)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.eot is not None
     found: set[str] = set()
@@ -259,6 +260,7 @@ def test_several_at_once_make_it_once(text: Path, tmp_path: Path) -> None:
     [
         ({"vocab_size": 256}, "vocab_size is 256.*at least 257"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"tokenizer": "char", "vocab_size": 300}, "vocab_size is 300, but the tokenizer char .*leave it out"),
         ({"pre": "words"}, "unknown pre-tokenization"),
         ({"tokenizer": "words"}, "unknown tokenizer 'words': use one of bpe, char"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
@@ -510,6 +512,25 @@ def test_the_command_says_what_it_made(text: Path, tmp_path: Path) -> None:
     assert lines[0] == "bpe tokenizer, 300 tokens"
     total = sum(int(found) for found in re.findall(r"(\d+) documents", result.stdout))
     assert total == len(STORIES)
+
+
+def test_each_part_of_a_single_document_counts_as_one(text: Path) -> None:
+    text.write_text("abcdefgh\n" * 20_000)  # so long that it is cut between pieces too
+    result = CliRunner().invoke(app, ["prepare", "--text", str(text), "--tokenizer", "char"])
+    described = ["train: 162,000 tokens, 162,000 bytes, 1 documents", "val: 18,000 tokens, 18,000 bytes, 1 documents"]
+    assert result.stdout.splitlines()[1:3] == described
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.bin.xz"])
+def test_bytes_that_are_no_text_are_taken_with_a_word(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / name, b"\0\xff" * 999
+    path.write_bytes(lzma.compress(data) if name.endswith("xz") else data)
+    folder = prepare(text=path, vocab_size=257)
+    assert capsys.readouterr().err == f"{path} has NUL bytes, so it may be no text: it is taken as it is\n"
+    parts = [Tokenizer.load(folder).decode_bytes(all_of(Tokens(folder, split))) for split in ("train", "val")]
+    assert b"".join(parts) == data
 
 
 def test_the_command_fails_in_one_line(tmp_path: Path) -> None:

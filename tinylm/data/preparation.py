@@ -66,14 +66,19 @@ def prepare(
     usual = SOURCES.get(source or "")
     if tokenizer is None:
         tokenizer = usual.tokenizer if usual else "bpe"
-    if vocab_size is None:
-        vocab_size = usual.vocab_size if usual else VOCAB_SIZE
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"unknown tokenizer {tokenizer!r}: use one of {', '.join(TOKENIZERS)}")
+    if tokenizer == "char" and vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}, but the tokenizer char has the characters of the text: "
+            "leave it out, or give tokenizer bpe"
+        )
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}: expected a share between 0 and 1")
     settings: dict[str, Any] = {"tokenizer": tokenizer}
     if tokenizer == "bpe":
+        if vocab_size is None:
+            vocab_size = usual.vocab_size if usual else VOCAB_SIZE
         check_bpe(vocab_size, pre)
         settings |= {"vocab_size": vocab_size, "pre": pre}
     try:
