@@ -128,7 +128,12 @@ def test_a_checkpoint_is_verified_once(name: str, tmp_path: Path, monkeypatch: p
     own(tmp_path)
     read: list[Path] = []
     real = checkpoint._fingerprint
-    monkeypatch.setattr(checkpoint, "_fingerprint", lambda path: [read.append(path), real(path)][1])
+
+    def spy(path: Path) -> Any:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", spy)
     load(tmp_path / name)
     assert len(read) == len(set(read)) > 0
 
