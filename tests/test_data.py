@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +27,7 @@ from typer.testing import CliRunner
 from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, preparation, prepare
 from tinylm.data.__main__ import app
-from tinylm.data.tokens import MANIFEST, ShardWriter
+from tinylm.data.tokens import MANIFEST, ShardWriter, is_prepared
 from tinylm.data.windows import IGNORED, permuted
 from tinylm.tokenizer import EOT, Tokenizer
 
@@ -77,7 +79,7 @@ def written(folder: Path, ids: np.ndarray, shard_tokens: int = 1 << 20, vocab_si
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
 def test_tokens_are_the_documents_each_with_its_end(text: Path, kind: str) -> None:
-    folder = prepare(text=text, tokenizer=kind, vocab_size=300)
+    folder = prepare(text=text, tokenizer=kind, vocab_size=300 if kind == "bpe" else None)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.eot is not None
     found: set[str] = set()
@@ -175,6 +177,32 @@ def test_a_full_disk_leaves_nothing(text: Path, own_home: Path) -> None:
     assert len(Tokens(prepare(text=text, vocab_size=300), "train")) > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that takes no files from anybody")
+def test_a_folder_that_cannot_be_made_is_an_error_and_not_waited_for(text: Path) -> None:
+    code = "import sys; from tinylm.data.__main__ import app; app(sys.argv[1:])"
+    line = [sys.executable, "-c", code, "prepare", "--text", str(text), "--folder", "/proc/made"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "/proc/.made.lock cannot be read or written" in done.stderr
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    sync, rename = os.fsync, os.rename
+
+    def spy_sync(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        sync(file)
+
+    def spy_rename(part: Path, target: Path) -> None:
+        assert synced == {path.stat().st_ino for path in part.iterdir()}
+        rename(part, target)
+
+    monkeypatch.setattr("os.fsync", spy_sync)
+    monkeypatch.setattr("os.rename", spy_rename)
+    assert len(list(prepare(text=text, vocab_size=300).iterdir())) == len(synced) == 4
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -232,6 +260,7 @@ def test_several_at_once_make_it_once(text: Path, tmp_path: Path) -> None:
     [
         ({"vocab_size": 256}, "vocab_size is 256.*at least 257"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"tokenizer": "char", "vocab_size": 300}, "vocab_size is 300, but the tokenizer char .*leave it out"),
         ({"pre": "words"}, "unknown pre-tokenization"),
         ({"tokenizer": "words"}, "unknown tokenizer 'words': use one of bpe, char"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
@@ -313,10 +342,13 @@ def test_files_that_are_not_what_was_prepared(text: Path, split: str) -> None:
         (changed, "its digest differs"),
     ):
         path.write_bytes(data)
-        fails(message, lambda: Tokens(folder, split))
+        fails(f"{message}.*remove {folder}, then prepare", lambda: Tokens(folder, split))
     assert len(Tokens(folder, split, verify=False)) == len(content) // 2
     path.unlink()
     fails("cannot be read", lambda: Tokens(folder, split))
+    fails("cannot be read", lambda: prepare(text=text, vocab_size=300))
+    path.write_bytes(content[:-1])
+    fails("bytes, expected", lambda: prepare(text=text, vocab_size=300))
     path.write_bytes(content)
     assert Tokens(folder, split).digest == digest
 
@@ -328,6 +360,22 @@ def test_folders_that_are_none(text: Path, tmp_path: Path) -> None:
     for content, message in (("{", "cannot be read"), ("[]", "not of format 1"), ('{"format": 2}', "not of format 1")):
         (folder / MANIFEST).write_text(content)
         fails(message, lambda: Tokens(folder, "train"))
+        fails(f"{message}.*remove {folder}, then prepare", lambda: prepare(text=text, vocab_size=300))
+    shutil.rmtree(folder)
+    assert prepare(text=text, vocab_size=300) == folder
+
+
+def test_a_data_json_of_ones_own_makes_no_prepared_folder(text: Path, tmp_path: Path) -> None:
+    folder = prepare(text=text, vocab_size=300)
+    assert is_prepared(folder)
+    (folder / MANIFEST).write_text("{")
+    assert is_prepared(folder)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / MANIFEST).write_text('{"stories": 300}')
+    assert not is_prepared(own)
+    assert not is_prepared(text)
+    fails("own is there, and is no prepared data", lambda: prepare(text=text, folder=own))
 
 
 def test_digests_tell_splits_and_settings_apart(text: Path) -> None:
@@ -464,6 +512,25 @@ def test_the_command_says_what_it_made(text: Path, tmp_path: Path) -> None:
     assert lines[0] == "bpe tokenizer, 300 tokens"
     total = sum(int(found) for found in re.findall(r"(\d+) documents", result.stdout))
     assert total == len(STORIES)
+
+
+def test_each_part_of_a_single_document_counts_as_one(text: Path) -> None:
+    text.write_text("abcdefgh\n" * 20_000)  # so long that it is cut between pieces too
+    result = CliRunner().invoke(app, ["prepare", "--text", str(text), "--tokenizer", "char"])
+    described = ["train: 162,000 tokens, 162,000 bytes, 1 documents", "val: 18,000 tokens, 18,000 bytes, 1 documents"]
+    assert result.stdout.splitlines()[1:3] == described
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.bin.xz"])
+def test_bytes_that_are_no_text_are_taken_with_a_word(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / name, b"\0\xff" * 999
+    path.write_bytes(lzma.compress(data) if name.endswith("xz") else data)
+    folder = prepare(text=path, vocab_size=257)
+    assert capsys.readouterr().err == f"{path} has NUL bytes, so it may be no text: it is taken as it is\n"
+    parts = [Tokenizer.load(folder).decode_bytes(all_of(Tokens(folder, split))) for split in ("train", "val")]
+    assert b"".join(parts) == data
 
 
 def test_the_command_fails_in_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -42,12 +42,18 @@ class Written(io.StringIO):
 
 def command(folder: Path, *arguments: str, expect: int = 0) -> tuple[Written, str]:
     """What the command writes to stdout and stderr."""
-    out, err = Written(), io.StringIO()
+    out = Written()
+    return out, told(out, folder, *arguments, expect=expect)
+
+
+def told(out: TextIO, folder: Path, *arguments: str, expect: int = 0) -> str:
+    """What the command writes to stderr, with `out` as stdout."""
+    err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         assert main(["--checkpoint", str(folder), *arguments]) == expect, err.getvalue()
-    return out, err.getvalue()
+    return err.getvalue()
 
 
 def test_one_prompt_streams_and_is_the_text_of_all_its_tokens(tmp_path: Path) -> None:
@@ -180,6 +186,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
         (run, ["--top-p", "1.5"], ["top_p is 1.5"]),
         (run, ["--max-new-tokens", "0"], ["--max-new-tokens is 0"]),
         (run, ["--device", "abacus"], ["--device abacus"]),
+        (run, ["--device", "meta"], ["--device meta: give cpu"]),
+        (run, ["--device", "mps"], ["--device mps: give cpu"]),
         (run, ["--graph", "--device", "cpu"], ["--graph on cpu"]),
     ]
     if not torch.cuda.is_available():
@@ -202,19 +210,38 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     assert "model.safetensors" in err and err.count("\n") == 1
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
+def test_a_stdout_that_cannot_be_written_is_told_and_one_that_is_closed_is_not(tmp_path: Path) -> None:
+    """And nothing is left in its buffer, which would fail again at Python's end."""
+    own(tmp_path)
+    reading, closed = os.pipe()
+    os.close(reading)
+    cases: list[tuple[int | str, int, str]] = [(closed, 0, "")]
+    if Path("/dev/full").exists():
+        cases.append(("/dev/full", 2, "tinylm.generate: stdout cannot be written: No space left on device\n"))
+    for file, status, line in cases:
+        with open(file, "w") as out:
+            assert told(out, tmp_path, "--prompt", "a", "--max-new-tokens", "9", expect=status) == line
+
+
+def test_a_model_that_does_not_fit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(tmp_path)
+    module = sys.modules["tinylm.generate.__main__"]
+    monkeypatch.setattr(module, "load", lambda *_, **__: torch.empty(1 << 55, dtype=torch.uint8))
+    err = command(tmp_path, expect=2)[1]
+    assert "memory is too small" in err and err.count("\n") == 1
+    monkeypatch.setattr(module, "load", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command(tmp_path)
 
 
 def test_the_command_itself(tmp_path: Path) -> None:
-    """As a user runs it, into a pipe that is smaller than the text and that its reader closes early."""
-    own(tmp_path, context=8192)
-    line = [sys.executable, "-m", "tinylm.generate", "--checkpoint", str(tmp_path)]
-    line += ["--prompt", "今日は", "--no-stop", "--max-new-tokens", "8000"]
-    with subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), pipesize=4096
-    ) as process:
+    """As a user runs it, into a pipe that its reader has closed."""
+    own(tmp_path)
+    # Without the buffer that users have, Python's end would have nothing to say of what is left in it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    line = [sys.executable, "-m", "tinylm.generate", "--checkpoint", str(tmp_path), "--max-new-tokens", "9"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.read(9).decode() == "今日は"
         process.stdout.close()
-        assert (process.wait(), process.stderr.read()) == (0, b"")
+        assert (process.stderr.read(), process.wait()) == (b"", 0)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from spoken import BPE, CHARACTERS, SAMPLE, copy, edit, llama_directory, own
 from strategies import splits
 
+from tinylm import checkpoint
 from tinylm.config import ConfigError
 from tinylm.generate import complete
 from tinylm.generate.text import TextStream, load
@@ -120,6 +121,21 @@ def test_a_runs_folder_and_one_of_its_checkpoints_load(tmp_path: Path, dtype: to
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.model.state_dict().items())
         assert found.tokenizer.digest == BPE.digest and not found.model.training
         assert (found.ends, found.start) == ({BPE.eot}, BPE.eot)
+
+
+@pytest.mark.parametrize("name", ["", "step-00000001"])
+def test_a_checkpoint_is_verified_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(tmp_path)
+    read: list[Path] = []
+    real = checkpoint._fingerprint
+
+    def spy(path: Path) -> Any:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", spy)
+    load(tmp_path / name)
+    assert len(read) == len(set(read)) > 0
 
 
 def test_prompts_and_the_empty_one(tmp_path: Path, llama: Path) -> None:

@@ -227,15 +227,21 @@ def test_small_and_large_vocabularies_have_the_smallest_type() -> None:
         assert tokenizer.dtype is dtype
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts threads by Linux's /proc")
-def test_encoding_starts_a_thread_for_each_core() -> None:
-    code = """
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by Linux's /proc")
+@pytest.mark.parametrize(("encoding", "threads"), [("encode_batch", "3"), ("encode", "0")])
+def test_encoding_many_texts_starts_a_thread_for_each_core(encoding: str, threads: str, tmp_path: Path) -> None:
+    """Of which the library is told that there are three; the threads before belong to others."""
+    BPES["byte_level"].save(tmp_path)
+    code = f"""
 import os
-from tinylm.tokenizer import train_bpe
-tokenizer = train_bpe(["the dog"], 260)
-tokenizer.encode_batch(["the dog"] * 4096)
-print(len(os.listdir("/proc/self/task")) >= len(os.sched_getaffinity(0)))
+from pathlib import Path
+from tinylm.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(Path({str(tmp_path)!r}))  # to train one would start them too
+before = len(os.listdir("/proc/self/task"))
+tokenizer.{encoding}("the dog" if {encoding == "encode"} else ["the dog"] * 4096)
+print(len(os.listdir("/proc/self/task")) - before)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TOKENIZERS", "RAYON"))}
+    environment["RAYON_NUM_THREADS"] = "3"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "True"
+    assert done.stdout.strip() == threads

@@ -19,6 +19,11 @@ class CheckpointError(ValueError):
     """The files of a checkpoint do not make up what they should. One line: which file, what is wrong, what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """Of another library's error, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 ROPE_SCALINGS = ("llama3", "linear")
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinylm.config import CheckpointError, ConfigError, ModelConfig, RopeScaling
+from tinylm.config import CheckpointError, ConfigError, ModelConfig, RopeScaling, first_line
 from tinylm.model import Transformer
 
 # Their name -> ours. What is fused here comes from several: in this order, each the next rows of ours.
@@ -202,7 +202,7 @@ def _headers(path: Path) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             return {name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {first_line(error)}") from None
 
 
 def _read(stored: Mapping[str, Stored], name: str) -> Tensor:
@@ -210,7 +210,7 @@ def _read(stored: Mapping[str, Stored], name: str) -> Tensor:
         with safe_open(stored[name].path, framework="pt") as file:
             tensor = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{stored[name].path}: {name} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{stored[name].path}: {name} cannot be read: {first_line(error)}") from None
     if not tensor.is_floating_point():
         raise CheckpointError(f"{stored[name].path}: {name} is {tensor.dtype}; expected floating point")
     return tensor
@@ -220,14 +220,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise CheckpointError(f"{path}: cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- config.json --------------------------------------------------------------------------------------------

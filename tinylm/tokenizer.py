@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.config import ConfigError
+from tinylm.config import ConfigError, first_line
 
 EOT = "<|endoftext|>"
 ENDS = (EOT, "<|end_of_text|>", "</s>")  # how others call the token that ends a document
@@ -105,7 +105,7 @@ class Tokenizer:
             found = json.loads(saved)
             return Characters(saved) if found.get("kind") == "char" else BPE(saved)
         except Exception as error:  # what the library raises has no narrower class
-            raise ConfigError(f"{path}: cannot be read as a tokenizer: {error}") from None
+            raise ConfigError(f"{path}: cannot be read as a tokenizer: {first_line(error)}") from None
 
 
 class BPE(Tokenizer):

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import hashlib
 import lzma
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,8 @@ def find(name: str | None, text: Path | None, val_text: Path | None, fraction: f
 def _files(path: Path) -> list[Path]:
     """A file, or all text files below a folder that are not hidden, sorted."""
     if path.is_file():
+        if not _is_text(path):
+            print(f"{path} has NUL bytes, so it may be no text: it is taken as it is", file=sys.stderr)
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path} is not there: give a text file, or a folder of them")
@@ -257,11 +260,12 @@ def _hash(text: str) -> int:
 
 
 def _contiguous(pieces: Iterable[Piece], cut: int, split: str) -> Iterator[Piece]:
-    """The characters before `cut`, or those from there on, of a single document."""
-    at = 0
+    """The characters before `cut`, or those from there on, of a single document, as a document of their own."""
+    at, begins = 0, True
     for piece in pieces:
         local = min(max(cut - at, 0), len(piece.text))
         at += len(piece.text)
         text = piece.text[:local] if split == "train" else piece.text[local:]
         if text:
-            yield Piece(text, piece.begins, piece.ends)
+            yield Piece(text, begins, piece.ends)
+            begins = False

@@ -14,7 +14,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,6 @@ def fetch(remote: Remote, folder: Path) -> str:
 
     Raises ConfigError, which says what to do, where the file cannot be had, written or trusted.
     """
-    import filelock
-
     path, record = folder / remote.name, folder / f"{remote.name}.json"
     recorded = _read(record)
     expected = remote.sha256 or recorded.get("sha256")
@@ -50,9 +48,8 @@ def fetch(remote: Remote, folder: Path) -> str:
     if path.exists() and expected and recorded.get("stamp") == _stamp(path):
         return expected  # looked at before, and not touched since
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # Two processes that appended to one part would spoil it.
-        with filelock.FileLock(f"{path}.lock"):
+        with locked(path.with_name(f"{path.name}.lock")):
             if not path.exists():
                 part = path.with_name(f"{path.name}.part")
                 _download(remote.url, part)
@@ -83,6 +80,17 @@ def fetch(remote: Remote, folder: Path) -> str:
             "what has arrived is kept"
         ) from None
     return found
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file, made with its folder; waits for other processes. Raises OSError."""
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # filelock would try for ever in folders that take no files, such as /proc
+    with filelock.FileLock(path):
+        yield
 
 
 def _download(url: str, part: Path) -> None:

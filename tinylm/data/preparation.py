@@ -21,7 +21,8 @@ import numpy as np
 
 from tinylm.config import ConfigError
 from tinylm.data.corpus import SOURCES, SPLITS, STDLIB, Corpus, Piece, find
-from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, manifest
+from tinylm.data.download import locked
+from tinylm.data.tokens import DTYPES, FORMAT, MANIFEST, ShardWriter, Tokens, is_prepared, manifest
 from tinylm.tokenizer import Tokenizer, check_bpe, train_bpe, train_char
 
 if TYPE_CHECKING:
@@ -65,14 +66,19 @@ def prepare(
     usual = SOURCES.get(source or "")
     if tokenizer is None:
         tokenizer = usual.tokenizer if usual else "bpe"
-    if vocab_size is None:
-        vocab_size = usual.vocab_size if usual else VOCAB_SIZE
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"unknown tokenizer {tokenizer!r}: use one of {', '.join(TOKENIZERS)}")
+    if tokenizer == "char" and vocab_size is not None:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}, but the tokenizer char has the characters of the text: "
+            "leave it out, or give tokenizer bpe"
+        )
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction is {val_fraction}: expected a share between 0 and 1")
     settings: dict[str, Any] = {"tokenizer": tokenizer}
     if tokenizer == "bpe":
+        if vocab_size is None:
+            vocab_size = usual.vocab_size if usual else VOCAB_SIZE
         check_bpe(vocab_size, pre)
         settings |= {"vocab_size": vocab_size, "pre": pre}
     try:
@@ -96,21 +102,20 @@ def prepare(
 def _is_prepared(folder: Path, identity: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / MANIFEST).is_file():
+    if not is_prepared(folder):
         raise ConfigError(f"{folder} is there, and is no prepared data: name another folder")
     found = manifest(folder)
     for name, wanted in identity.items():
         if found.get(name) != wanted:
             raise ConfigError(f"{folder} was prepared with {name} {found.get(name)}, not {wanted}: name another folder")
+    for split in found["splits"]:
+        Tokens(folder, split, verify=False)
     return True
 
 
 def _make(target: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:
-    import filelock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes that want the same, such as the ranks of a run, one works and the others wait.
-    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")):
         if _is_prepared(target, identity):
             return
         # What a killed process left.
@@ -121,9 +126,17 @@ def _make(target: Path, corpus: Corpus, identity: dict[str, Any], progress: bool
         part.mkdir()
         try:
             _fill(part, corpus, identity, progress)
+            _sync(part)
             os.rename(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Puts a folder's files on the disk, where a rename could arrive before them."""
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _fill(folder: Path, corpus: Corpus, identity: dict[str, Any], progress: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinylm.config import ConfigError
+from tinylm.tokenizer import FILE
 
 MANIFEST = "data.json"
 FORMAT = 1
@@ -27,10 +28,20 @@ def manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{folder} is no prepared data: make it with python -m tinylm.data prepare") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; prepare the data again") from None
+        raise ConfigError(f"{path}: cannot be read: {error}; {_anew(folder)}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"{path} is not of format {FORMAT}: prepare the data again")
+        raise ConfigError(f"{path} is not of format {FORMAT}: {_anew(folder)}")
     return found
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` made it, damaged or not; a folder of texts may have a data.json of its own."""
+    folder = Path(folder)
+    return (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in (FILE, "train-000.bin"))
+
+
+def _anew(folder: Path) -> str:
+    return f"remove {folder}, then prepare the data again"
 
 
 class Tokens:
@@ -79,15 +90,15 @@ def _mapped(folder: Path, shard: dict[str, Any], dtype: np.dtype, verify: bool) 
     try:
         size = path.stat().st_size
         if size != expected:
-            raise ConfigError(f"{path} has {size} bytes, expected {expected}: prepare the data again")
+            raise ConfigError(f"{path} has {size} bytes, expected {expected}: {_anew(folder)}")
         if verify:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ConfigError(f"{path} is not what was prepared: its digest differs; prepare the data again")
+                    raise ConfigError(f"{path} is not what was prepared, its digest differs: {_anew(folder)}")
         # As a plain array: slices of a memmap cost several times as much.
         return np.asarray(np.memmap(path, dtype, mode="r"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; prepare the data again") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {_anew(folder)}") from None
 
 
 class ShardWriter:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tinylm.config import ConfigError
 from tinylm.data.tokens import Tokens
 
-IGNORED = -100  # a target that is not scored
+IGNORED = -100  # a target that is not scored, by torch's own convention: ignore_index of F.cross_entropy
 ROUNDS = 6  # of the permutation; four are the fewest that are as good as random (Luby and Rackoff, 1988)
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: SplitMix64's step
 

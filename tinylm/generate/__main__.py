@@ -1,12 +1,13 @@
 """The command `python -m tinylm.generate`: a checkpoint continues prompts, on stdout.
 
 One prompt streams; several are a batch, printed row by row when all have ended. Notes and tokens/s go to stderr.
-Exit status: 0; 2 for bad input, told in one line; 130 after Ctrl-C, with what was generated until then.
+Exit status: 0; 2 for what cannot work, told in one line; 130 after Ctrl-C, with what was generated until then.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import secrets
 import sys
 import time
@@ -70,7 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         tell(str(error))
         return 2
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         tell("the device's memory is too small for this: give fewer prompts or tokens, or --dtype bf16")
         return 2
     except KeyboardInterrupt:
@@ -184,15 +187,24 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: is no device; give cpu, cuda or cuda:1, or leave it out") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: give cpu, cuda or cuda:1, or leave it out")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; give cpu")
     return device
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends, with a message and a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigError(f"stdout cannot be written: {error.strerror}") from None
 
 
 def tell(line: str) -> None:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.ops.rmsnorm import _compiler
+from tinylm.ops.compiling import compiler
 
 LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-IGNORED = -100
+IGNORED = -100  # torch's own: ignore_index of F.cross_entropy
 # Of one chunk's logits. On a GPU its products must fill the card, on a CPU the pass over it should stay in the caches.
 CHUNK_BYTES = {"cuda": 2**29, "cpu": 2**25}
 ALIGNED = 128  # rows: a tile of a matrix product
@@ -43,7 +43,7 @@ def linear_cross_entropy_eager(x: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 def compiled_linear_cross_entropy(backend: str | Callable[..., object] = "inductor") -> LinearCrossEntropy:
     """The same through torch.compile, as `tinylm.ops.rmsnorm.compiled_rmsnorm`."""
-    compile_for = _compiler(backend)
+    compile_for = compiler(backend)
 
     def linear_cross_entropy_compile(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -8,13 +8,13 @@ new_residual = x + residual, rounded to their dtype, and y = rmsnorm(new_residua
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tinylm.ops.compiling import compiler
 
 RMSNorm = Callable[[Tensor, Tensor, float], Tensor]
 AddRMSNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -63,7 +63,7 @@ def compiled_rmsnorm(backend: str | Callable[..., object] = "inductor") -> RMSNo
     Each shape, dtype and device gets a compiled function of its own, so a loop over many shapes (such as
     decode without a cache, which grows by a token a step) compiles once for each.
     """
-    compile_for = _compiler(backend)
+    compile_for = compiler(backend)
 
     def rmsnorm_compile(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if torch.compiler.is_compiling():  # an outer torch.compile fuses it by itself
@@ -75,7 +75,7 @@ def compiled_rmsnorm(backend: str | Callable[..., object] = "inductor") -> RMSNo
 
 def compiled_add_rmsnorm(backend: str | Callable[..., object] = "inductor") -> AddRMSNorm:
     """The addition and RMSNorm in one, as `compiled_rmsnorm`."""
-    compile_for = _compiler(backend)
+    compile_for = compiler(backend)
 
     def add_rmsnorm_compile(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
@@ -84,17 +84,3 @@ def compiled_add_rmsnorm(backend: str | Callable[..., object] = "inductor") -> A
         return compile_for(add_rmsnorm_eager, *key)(x, residual, weight, eps)
 
     return add_rmsnorm_compile
-
-
-def _compiler(backend: str | Callable[..., object]) -> Callable[..., Callable[..., Any]]:
-    compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
-
-    def compile_for(function: Any, *key: object) -> Callable[..., Any]:
-        if key not in compiled:
-            # Dynamo counts recompilations per code object and stops compiling at 8: a copy of the code has a
-            # count of its own, so no shape is ever left uncompiled.
-            fresh = types.FunctionType(function.__code__.replace(), function.__globals__)
-            compiled[key] = torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend)
-        return compiled[key]
-
-    return compile_for
