@@ -113,8 +113,8 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, float) and math.isinf(value):
                 raise ConfigError(f"{name} is {value}: expected a finite number")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}: expected less than 2**63")
+            if isinstance(value, int) and value >= 2**63:
+                raise ConfigError(f"{name} is {value}: expected less than 2**63")
         if not self.lr > 0:
             raise ConfigError(f"lr is {self.lr}: expected a positive number")
         for name in ("beta1", "beta2"):

@@ -99,7 +99,13 @@ class _Run:
         if world.main:
             checkpoint.clean(config.run, config.keep)
 
-        initial = with_room(self._build, self._no_room)
+        initial = with_room(
+            self._build,
+            lambda: (
+                f"the model, what its optimizer keeps and a step's tokens do not fit into the memory of {world.device}: "
+                "give a smaller --preset, --model or --batch"
+            ),
+        )
         if config.peak_flops:
             self.peak, self.peak_source = config.peak_flops, "given"
         else:
@@ -146,13 +152,6 @@ class _Run:
         self.optimizer.allocate()
         self.state = state_of(self.optimizer, self.weights)
         return [parallel.local(weight.detach()).to("cpu", copy=True) for weight in self.weights.values()]
-
-    def _no_room(self) -> str:
-        count = Transformer.build(self.shape, device="meta").param_count()
-        return (
-            f"the model of {count:,} parameters and what its optimizer keeps do not fit into the memory of "
-            f"{self.world.device}: give a smaller --preset or --model"
-        )
 
     def _warm_up(self, initial: list[Tensor]) -> float:
         """Compiles, captures, loads kernels outside the clock, and leaves the state as it was; the seconds it took."""
