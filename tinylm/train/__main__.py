@@ -110,10 +110,13 @@ def _all(configs: dict[str, TrainConfig]) -> int:
                 row["error"] = str(error)  # the others may do better
                 print(f"error: {name}: {error}", file=sys.stderr)
             rows.append(row)
-        if world.main:
+
+        def report() -> None:
             _table(rows)
             if len(configs) > 1:
                 _write(first.run.parent / "sweep.csv", rows, configs)
+
+        world.first(report)  # for which all wait: torchrun ends the others once one has left with an error
     return 2 if any("error" in row for row in rows) else 0
 
 

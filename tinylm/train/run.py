@@ -102,8 +102,8 @@ class _Run:
         initial = with_room(
             self._build,
             lambda: (
-                f"the model, what its optimizer keeps and a step's tokens do not fit into the memory of {world.device}: "
-                "give a smaller --preset, --model or --batch"
+                f"the model, what its optimizer keeps and a step's tokens do not fit into the memory of {world.device}"
+                ": give a smaller --preset, --model or --batch"
             ),
         )
         if config.peak_flops:
