@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch  # noqa: F401  # ahead of the forks, as is what the first optimizer imports
+import filelock  # noqa: F401  # ahead of the forks, as is what the first optimizer imports
+import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo
 
@@ -72,6 +73,7 @@ def status(pid: int) -> int:
 
 def main(data: str, folder: Path, seed: int) -> dict[str, object]:
     torch.set_num_threads(1)
+    os.fsync = lambda _: None  # type: ignore[assignment]  # a kill loses nothing that was written, synced or not
     config = TrainConfig(
         data=data, model="layers=1,dim=16,heads=2,kv_heads=2,head_dim=8,d_ff=16", context=16, batch=4, steps=10,
         micro_batch=2, dropout=0.1, log_every=1, eval_every=4, save_every=3, keep=1, eval_tokens=64, peak_flops=1e9,

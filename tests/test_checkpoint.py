@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ from tinylm.tokenizer import Tokenizer, train_char
 FILES = (checkpoint.MODEL, checkpoint.STATE, checkpoint.TOKENIZER, checkpoint.META)
 SMALL = preset("nano", vocab_size=32, dim=16, layers=1, heads=2, kv_heads=2, head_dim=8, d_ff=16, context=16)
 same_folder = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the disk: that matters where the power fails, which no test here does."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -61,7 +69,9 @@ def test_what_is_saved_comes_back_bit_for_bit(config: ModelConfig, step: int, tm
     assert all(bool((value == step).all()) for value in found.optimizer_state().values())
 
 
-saves = st.lists(st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0])), min_size=1, max_size=7)
+saves = st.lists(
+    st.one_of(st.none(), st.sampled_from([1.0, 2.0, 3.0, math.nan, math.inf, -math.inf])), min_size=1, max_size=7
+)
 
 
 @same_folder
@@ -74,7 +84,7 @@ def test_the_last_and_the_best_are_kept(losses: list[float | None], keep: int, t
     for step, loss in enumerate(losses):
         save(run, step, tokenizer, val_loss=loss, keep=keep)
         kept[step] = loss
-        best = min((s for s in kept if kept[s] is not None), key=lambda s: kept[s], default=None)  # type: ignore[arg-type,return-value]
+        best = min((s for s in kept if math.isfinite(kept[s] or math.nan)), key=lambda s: kept[s], default=None)  # type: ignore[arg-type,return-value]
         kept = {s: kept[s] for s in kept if s > step - keep or s == best}
         assert [checkpoint.step_of(path) for path in checkpoint.saved(run)] == sorted(kept)
     if best is not None:
@@ -108,6 +118,10 @@ def test_a_damaged_file_is_an_error_that_names_it(name: str, share: float, flip:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"files": ["model.safetensors"]}, "is of something else"),
+        ({"files": dict.fromkeys(checkpoint.FILES, 1)}, "names no"),
+        ({"model": 3}, "is of something else"),
+        ({"step": "two"}, "is of something else"),
         ({"format": "another"}, "is of something else"),
         ({"files": {}}, "names no"),
         ({"model": {"vocab_size": 3}}, "no model of this version"),
@@ -168,3 +182,32 @@ def test_what_a_kill_left_is_removed(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert checkpoint.load(tmp_path).step == 1
     checkpoint.clean(tmp_path, keep=1)
     assert contents(tmp_path) == before
+
+
+def test_a_damaged_older_checkpoint_stops_nothing_and_stays(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    paths = [save(tmp_path, step, tokenizer, keep=9, val_loss=1.0 + step) for step in (1, 2, 3)]
+    (paths[0] / checkpoint.META).write_text("{")
+    before = contents(paths[0])
+    assert checkpoint.load(tmp_path, "best").path == paths[1]
+    newest = save(tmp_path, 4, tokenizer, keep=1, val_loss=9.0)
+    assert checkpoint.saved(tmp_path) == [paths[0], paths[1], newest] and contents(paths[0]) == before
+
+
+def test_nothing_is_written_over_a_checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = save(tmp_path, 1, tokenizer)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        save(tmp_path, 1, tokenizer, preset("nano"))
+    assert contents(tmp_path) == before
+
+
+def test_a_model_needs_no_optimizers_state(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = save(tmp_path, 1, tokenizer)
+    found = checkpoint.load(path)
+    (path / checkpoint.STATE).unlink()
+    models = [checkpoint.load_model(given)[0] for given in (tmp_path, path, found)]
+    for name, tensor in tensors(SMALL).items():
+        assert all(torch.equal(model.get_parameter(name), tensor) for model in models)
+    (path / checkpoint.TOKENIZER).write_text("{}")
+    with pytest.raises(CheckpointError, match=checkpoint.TOKENIZER):
+        checkpoint.load_model(path)

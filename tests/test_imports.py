@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"model", "config"},
     "tokenizer": {"config"},
     "data": {"config", "tokenizer"},
-    "optim": {"config"},
+    "optim": {"config", "parallel"},
     "parallel": {"config", "model"},
     "checkpoint": {"config", "model", "tokenizer"},
     "train": {"config", "model", "ops", "data", "tokenizer", "optim", "checkpoint", "parallel"},

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import losses, prepared, settings_of
+from runs import log, losses, prepared, settings_of
 
 from tinylm import checkpoint, parallel
 from tinylm.config import ConfigError
@@ -21,6 +21,7 @@ from tinylm.train import TrainConfig, train
 from tinylm.train.start import rows_of_a_rank
 
 STEPS = 52
+CLIP = 0.3  # of norms that are larger at first
 KINDS = ("ddp", "fsdp")
 
 
@@ -35,7 +36,9 @@ def torchrun(*arguments: str) -> None:
 
 
 def config(tokens: str, out: Path, **changed: Any) -> TrainConfig:
-    return settings_of(tokens, out, **{"batch": 8, "steps": STEPS, "eval_every": 26, "keep": 9, "lr": 1e-2, **changed})
+    return settings_of(
+        tokens, out, **{"batch": 8, "steps": STEPS, "eval_every": 26, "keep": 9, "lr": 1e-2, "clip": CLIP, **changed}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +57,15 @@ def one(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tolerance(one: Path) -> float:
-    """How far apart losses may be that differ by the order of their sums alone.
+    """How far apart losses, and norms of gradients, may be that differ by the order of their sums alone.
 
     Two ranks add the gradients of two halves of a batch, as two passes of one process do; what that does to the
     loss in STEPS steps of this very model shows beside whole batches, and at least a rounding of the loss. The
     ranks round at other places, and fsdp at more of them: ten times as much. A defect must be far beyond.
     """
-    whole, passes = losses(one / "whole"), losses(one / "passes")
-    return 10 * max(max(abs(a - b) for a, b in zip(whole, passes, strict=True)), max(whole) * 2**-23)
+    clipped = [float(row["grad_norm"]) > CLIP for row in log(one / "whole")]
+    assert any(clipped) and not all(clipped)
+    return 10 * max(apart(one / "whole", one / "passes"), max(losses(one / "whole")) * 2**-23)
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +78,33 @@ def two(one: Path, tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
             given += [f"--{name.replace('_', '-')}", str(value)]
     torchrun("-m", "tinylm.train", *given, "--parallel", *KINDS)
 
+    shutil.copytree(tokens, folder / "copy")
     runs: list[dict[str, Any]] = []
     for kind in KINDS:
         shutil.copytree(one / "whole", folder / f"resumed-{kind}")
         shutil.rmtree(folder / f"resumed-{kind}" / f"step-{STEPS:08d}")
-        runs.append(dataclasses.asdict(config(tokens, folder / f"resumed-{kind}", parallel=kind, resume=True)))
+        # The second rank as on another machine: without the checkpoint, and with the same text elsewhere.
+        resumed = dataclasses.asdict(config(tokens, folder / f"resumed-{kind}", parallel=kind, resume=True))
+        runs.append({**resumed, "other": {"data": str(folder / "copy"), "out": str(folder / f"elsewhere-{kind}")}})
         defect = config(tokens, folder / f"defect-{kind}", parallel=kind)
         runs.append({**dataclasses.asdict(defect), "sabotage": True})
     muon = config(tokens, folder / "muon-fsdp", parallel="fsdp", optimizer="muon", steps=4)
     runs.append(dataclasses.asdict(muon))
+    another = prepared(folder, seed=1)
+    cannot = dataclasses.asdict(config(tokens, folder / "cannot", parallel="ddp"))
+    runs.append({**cannot, "other": {"data": another}, "error": "training text has sha256 .* on rank 1, and .* on the"})
+    runs.append({**cannot, "batch": 16, "room": 3, "error": "8 sequences .* do not fit .* cpu, 2 did"})
     (folder / "runs.json").write_text(json.dumps(runs))
     torchrun(str(Path(__file__).with_name("ranks.py")), str(folder / "runs.json"))
     return folder
 
 
 def apart(a: Path, b: Path) -> float:
-    first, second = losses(a), losses(b)
+    """The most by which losses, or norms of gradients, differ: of numbers near 3, and between 0.1 and 1."""
+    first, second = log(a), log(b)
     assert len(first) == len(second) == STEPS
-    return max(abs(x - y) for x, y in zip(first, second, strict=True))
+    columns = ("train_loss", "grad_norm")
+    return max(abs(float(x[key]) - float(y[key])) for x, y in zip(first, second, strict=True) for key in columns)
 
 
 @pytest.mark.parametrize("kind", KINDS)

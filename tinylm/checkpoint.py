@@ -11,12 +11,14 @@ never leaves half of one under its name. Tensors are safetensors and the rest is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from tinylm.tokenizer import Tokenizer
 
 FORMAT = "tinylm checkpoint 1"
 MODEL, STATE, TOKENIZER, META = "model.safetensors", "state.safetensors", "tokenizer.json", "checkpoint.json"
+FILES = (MODEL, STATE, TOKENIZER)
+SPOKEN = (MODEL, TOKENIZER)  # what text needs
 NAME = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 
@@ -108,7 +112,7 @@ def save(
         for name, tensors in ((MODEL, model_state), (STATE, state)):
             save_file({key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}, temporary / name)
         tokenizer.save(temporary)
-        files = {name: _fingerprint(temporary / name) for name in (MODEL, STATE, TOKENIZER)}
+        files = {name: _fingerprint(temporary / name) for name in FILES}
         content = {"format": FORMAT, "step": step, **meta, "files": files}
         (temporary / META).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         mode = (temporary / META).stat().st_mode
@@ -116,19 +120,21 @@ def save(
             (temporary / name).chmod(mode)  # safetensors makes its files private
             _sync(temporary / name)
         _sync(temporary)
-        if path.exists():  # of a run that was resumed from an earlier one
-            _remove(path)
-        temporary.rename(path)
+        temporary.rename(path)  # an error where it is there already
         _sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = saved(run)
-        left = f"the last complete one is {last[-1]}" if last else "there is no earlier one"
         raise CheckpointError(
-            f"{path}: the checkpoint cannot be written ({_first_line(error)}); {left}: make room, then use --resume"
+            f"{path}: the checkpoint cannot be written ({first_line(error)}); {left(run)}: make room, then use --resume"
         ) from None
     _prune(run, keep)
     return path
+
+
+def left(run: str | Path) -> str:
+    """What of a run is on the disk, for an error's line."""
+    there = saved(run)
+    return f"the last good checkpoint is {there[-1]}" if there else "no checkpoint was written yet"
 
 
 def clean(run: str | Path, keep: int) -> None:
@@ -139,11 +145,12 @@ def clean(run: str | Path, keep: int) -> None:
     _prune(run, keep)
 
 
-def load(path: str | Path, which: str = "newest") -> Checkpoint:
+def load(path: str | Path, which: str = "newest", *, files: Sequence[str] = FILES) -> Checkpoint:
     """The checkpoint in folder `path`, or, if that is a run's folder, its newest or best.
 
-    which: "newest", or "best", of lowest validation loss. Raises CheckpointError for a folder without
-    checkpoint, and for a file that is missing, foreign, or not as long or not the same as when it was written.
+    which: "newest", or "best", of lowest validation loss. files: what is verified. Raises CheckpointError for a
+    folder without checkpoint, and for a file that is missing, foreign, or not as long or not the same as when it
+    was written.
     """
     path = Path(path)
     if not (path / META).is_file():
@@ -151,10 +158,10 @@ def load(path: str | Path, which: str = "newest") -> Checkpoint:
         if not found:
             there = "has no checkpoint" if path.is_dir() else "is no folder"
             raise CheckpointError(f"{path}: {there}; expected a run's folder or a step-* folder in one")
-        path = (_best(found) or found[-1]) if which == "best" else found[-1]
+        path = (_best(_losses(found)) or found[-1]) if which == "best" else found[-1]
     meta = _read_meta(path)
-    for name, expected in meta["files"].items():
-        file = path / name
+    for name in files:
+        file, expected = path / name, meta["files"][name]
         hint = f"remove {path} to use an earlier one"
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; {hint}")
@@ -166,7 +173,7 @@ def load(path: str | Path, which: str = "newest") -> Checkpoint:
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
@@ -175,26 +182,29 @@ def load_model(
 ) -> tuple[Transformer, dict[str, Any]]:
     """The model, in eval mode, and checkpoint.json of a checkpoint; see `load` for path and which.
 
-    ops: backends, as for Transformer. Raises CheckpointError as `load` does.
+    A Checkpoint is as it was loaded; of a path, the optimizer's state is not read. ops: backends, as for
+    Transformer. Raises CheckpointError as `load` does.
     """
-    checkpoint = load(path, which)
+    found = path if isinstance(path, Checkpoint) else load(path, which, files=SPOKEN)
     with torch.device("meta"):
-        model = Transformer(checkpoint.config, ops=ops).to(dtype)
+        model = Transformer(found.config, ops=ops).to(dtype)
     model.to_empty(device=device)
-    fill(dict(model.named_parameters()), checkpoint.model_state(), checkpoint.path / MODEL)
-    return model.eval(), checkpoint.meta
+    parameters, stored = dict(model.named_parameters()), found.model_state()
+    check(parameters, stored, found.path / MODEL)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+    return model.eval(), found.meta
 
 
-@torch.no_grad()
-def fill(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], origin: Path) -> None:
-    """Copies each stored tensor into the parameter of its name. Raises CheckpointError unless they match."""
-    if wrong := parameters.keys() ^ stored.keys():
+def check(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], origin: Path) -> None:
+    """Raises CheckpointError, which names `origin`, unless the stored tensors have these names and shapes."""
+    if wrong := expected.keys() ^ stored.keys():
         raise CheckpointError(f"{origin}: the tensors are not those of its model: {', '.join(sorted(wrong)[:8])}")
-    for name, parameter in parameters.items():
-        if parameter.shape != stored[name].shape:
-            found, expected = list(stored[name].shape), list(parameter.shape)
-            raise CheckpointError(f"{origin}: {name} has shape {found}; its model has {expected}")
-        parameter.copy_(stored[name])
+    for name, tensor in expected.items():
+        if tensor.shape != stored[name].shape:
+            found, shape = list(stored[name].shape), list(tensor.shape)
+            raise CheckpointError(f"{origin}: {name} has shape {found}; its model has {shape}")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -202,13 +212,19 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f'{file}: is of something else; expected JSON with "format": "{FORMAT}"')
     if missing := {"step", "model", "files"} - meta.keys():
         raise CheckpointError(f"{file}: lacks {', '.join(sorted(missing))}")
-    if missing := {MODEL, STATE, TOKENIZER} - meta["files"].keys():
-        raise CheckpointError(f"{file}: names no {', '.join(sorted(missing))} among its files")
+    if not isinstance(meta["step"], int) or not all(isinstance(meta[name], dict) for name in ("model", "files")):
+        raise CheckpointError(
+            f"{file}: is of something else; expected a number of steps, and a model and files by name"
+        )
+    for name in FILES:
+        entry = meta["files"].get(name)
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{file}: names no {name} with its bytes and sha256 among its files")
     return meta
 
 
@@ -219,17 +235,28 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {_first_line(error)}") from None
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {first_line(error)}") from None
 
 
-def _best(paths: list[Path]) -> Path | None:
-    losses = [(loss, path) for path in paths if (loss := _read_meta(path).get("val_loss")) is not None]
-    return min(losses, key=lambda row: row[0])[1] if losses else None
+def _losses(paths: Sequence[Path]) -> dict[Path, float]:
+    """The validation loss of each checkpoint whose checkpoint.json can be read; infinite where it is no number."""
+    losses = {}
+    for path in paths:
+        with contextlib.suppress(CheckpointError):
+            loss = _read_meta(path).get("val_loss")
+            losses[path] = loss if isinstance(loss, float | int) and math.isfinite(loss) else math.inf
+    return losses
+
+
+def _best(losses: Mapping[Path, float]) -> Path | None:
+    best = min(losses, key=lambda path: losses[path], default=None)
+    return best if best is not None and losses[best] < math.inf else None
 
 
 def _prune(run: Path, keep: int) -> None:
     found = saved(run)
-    for path in set(found[:-keep]) - {_best(found)}:
+    losses = _losses(found)
+    for path in losses.keys() & set(found[:-keep]) - {_best(losses)}:  # what is damaged is not ours to remove
         _remove(path)
 
 
@@ -257,5 +284,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,8 @@ from tinylm.attention import ATTENTIONS, Rope, sdpa_backend
 from tinylm.cache import Batch, Cache, Stream, make_cache
 from tinylm.config import ConfigError, ModelConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names in flags
+
 Choice = TypeVar("Choice")
 # The residual stream: (x,), or (x, branch) where the sum is left to the norm that comes next.
 Residual = tuple[Tensor, ...]

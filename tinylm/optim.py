@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.config import ConfigError, ModelConfig
+from tinylm.parallel import local, sharded, whole
 
 OPTIMIZERS = ("adamw", "muon")
 # Rows of the projections that one matrix holds: each is orthogonalized by itself, as it would be apart.
@@ -82,6 +83,7 @@ class Optimizer(torch.optim.AdamW):
     """
 
     rows: dict[Tensor, tuple[int, ...]]
+    found_inf: Tensor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What the steps left. Settings, lr's tensors among them, stay those that this optimizer was made with."""
@@ -96,6 +98,16 @@ class Optimizer(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         # What AdamW.step collects of a group; of ours, nothing.
         return False if "momentum" in group else super()._init_group(group, *lists)
+
+    def allocate(self) -> None:
+        """Makes the state that the first step would, and changes nothing else; leaves no gradients."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        guard(self, torch.full((), math.nan, device=parameters[0].device))
+        self.step()
+        del self.found_inf
+        self.zero_grad()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,9 +127,9 @@ class Optimizer(torch.optim.AdamW):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf.bool()
-        local = [_local(p) for p in parameters]
-        gradients = [_local(p.grad) for p in parameters]
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
+        own = [local(p) for p in parameters]
+        gradients = [local(p.grad) for p in parameters]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         if scale is not None:
             gradients = list(torch._foreach_mul(gradients, scale.reciprocal()))
         if skip is None:
@@ -129,11 +141,11 @@ class Optimizer(torch.optim.AdamW):
 
         lr = group["lr"]
         decay = lr * group["weight_decay"]
-        torch._foreach_mul_(local, 1 - (decay if skip is None else decay * ~skip))
+        torch._foreach_mul_(own, 1 - (decay if skip is None else decay * ~skip))
         # A sharded parameter's update is subtracted from zeros first, of which it then adds its own shard.
-        whole = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) if _sharded(p) else p for p in parameters]
+        full = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) if sharded(p) else p for p in parameters]
         buckets: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for p, update, into in zip(parameters, updates, whole, strict=True):
+        for p, update, into in zip(parameters, updates, full, strict=True):
             rows = self.rows.get(p, p.shape[:1])
             for piece, target in zip(_gathered(update, p).split(rows), into.split(rows), strict=True):
                 buckets.setdefault(piece.shape, []).append((piece, target))
@@ -144,8 +156,8 @@ class Optimizer(torch.optim.AdamW):
             if skip is not None:
                 moves.masked_fill_(skip, 0)
             torch._foreach_sub_(targets, moves.unbind())
-        for p, shard, into in zip(parameters, local, whole, strict=True):
-            if _sharded(p):
+        for p, shard, into in zip(parameters, own, full, strict=True):
+            if sharded(p):
                 shard.add_(_shard(into, p))
 
 
@@ -170,27 +182,19 @@ def _stacked(pieces: tuple[Tensor, ...]) -> Tensor:
     return batch
 
 
-def _sharded(p: Tensor) -> bool:
-    return hasattr(p, "to_local")
-
-
-def _local(p: Any) -> Tensor:
-    return p.to_local() if _sharded(p) else p
-
-
 def _gathered(update: Tensor, p: Any) -> Tensor:
-    if not _sharded(p):
+    if not sharded(p):
         return update
     from torch.distributed.tensor import DTensor
 
     where = {"device_mesh": p.device_mesh, "placements": p.placements, "shape": p.shape, "stride": p.stride()}
-    return DTensor.from_local(update, **where, run_check=False).full_tensor()
+    return whole(DTensor.from_local(update, **where, run_check=False))
 
 
-def _shard(whole: Tensor, p: Any) -> Tensor:
+def _shard(full: Tensor, p: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+    return local(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
@@ -207,16 +211,15 @@ def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
 def clip(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """The norm of all gradients together, () on the device, which are scaled down to max_norm if it is larger."""
     parameters = [p for p in parameters if p.grad is not None]
-    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if _sharded(norm) else norm
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def guard(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+def guard(optimizer: Optimizer, norm: Tensor) -> None:
     """The optimizer's next step changes nothing, on the device, unless `norm` () is finite."""
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # what GradScaler sets as well
+    optimizer.found_inf = (~norm.isfinite()).float()  # what GradScaler sets as well
 
 
 # ----------------------------------------------------------------------------------------------------- schedules

@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 
 from tinylm.config import ConfigError
 from tinylm.model import Transformer
+
+T = TypeVar("T")
+# How long ranks wait for each other: one may have a text to download and prepare, or a checkpoint to write.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,28 @@ class World:
         """Leaves torch's random generators, at the end, as they were before."""
         return torch.random.fork_rng(devices=[self.device.index] if self.device.type == "cuda" else [])
 
-    def wait(self) -> None:
-        """Until every rank is here."""
+    def gathered(self, value: T) -> list[T]:
+        """What each rank has, small and picklable, by rank; every rank must ask for it."""
+        values = [value]
         if self.size > 1:
-            dist.barrier()
+            values *= self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns or raises on the first rank, which alone calls it, on every rank that asks; all must."""
+        if self.size == 1:
+            return make()
+        found: T | Exception | None = None
+        if self.main:
+            try:
+                found = make()
+            except Exception as error:
+                found = error
+        found = self.gathered(found)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -60,10 +83,13 @@ class Wrapped:
     plain: Callable[..., Tensor]  # to be looked at alone: not compiled whole, since shapes and mode differ
     # Around each pass: whether its gradients meet those of the other ranks, as they must in a step's last.
     reducing: Callable[[bool], AbstractContextManager[Any]]
+    # As `module`, but by this rank alone, differentiated by torch.autograd.grad; None: it needs the others.
+    alone: Callable[..., Tensor] | None
 
 
 def _none(model: Transformer, world: World, compiled: bool) -> Wrapped:
-    return Wrapped(torch.compile(model, dynamic=False) if compiled else model, model, lambda last: nullcontext())
+    module = torch.compile(model, dynamic=False) if compiled else model
+    return Wrapped(module, model, lambda last: nullcontext(), module)
 
 
 def _ddp(model: Transformer, world: World, compiled: bool) -> Wrapped:
@@ -71,7 +97,7 @@ def _ddp(model: Transformer, world: World, compiled: bool) -> Wrapped:
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     # Around DDP: torch then compiles its buckets one by one, and reduces one while the next is computed.
     module = torch.compile(ddp, dynamic=False) if compiled else ddp
-    return Wrapped(module, model, lambda last: nullcontext() if last else ddp.no_sync())
+    return Wrapped(module, model, lambda last: nullcontext() if last else ddp.no_sync(), model)
 
 
 def _fsdp(model: Transformer, world: World, compiled: bool) -> Wrapped:
@@ -91,7 +117,7 @@ def _fsdp(model: Transformer, world: World, compiled: bool) -> Wrapped:
         sharded.set_requires_gradient_sync(last)
         yield
 
-    return Wrapped(model, model, reducing)
+    return Wrapped(model, model, reducing, None)
 
 
 KINDS: dict[str, Callable[[Transformer, World, bool], Wrapped]] = {"none": _none, "ddp": _ddp, "fsdp": _fsdp}
@@ -130,7 +156,7 @@ def ranks(kind: str, device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(found)
     joins = not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=found if on_gpu else None, timeout=PATIENCE)
     yield World(found, dist.get_rank(), dist.get_world_size())
     # Not after an error: to leave can mean to wait for ranks that wait for this one, which torchrun ends if this ends.
     if joins:
@@ -156,16 +182,33 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def whole(tensor: Tensor) -> Tensor:
+def sharded(tensor: Any) -> bool:
+    """Whether this rank holds a slice of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor: all of it, or its slice."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
     """All of a tensor, of which this rank may hold a slice; every rank must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 @torch.no_grad()
-def assign(tensor: Any, value: Tensor) -> None:
-    """Copies a whole `value`, the same on every rank, into a tensor of which this rank may hold a slice."""
-    if hasattr(tensor, "full_tensor"):
+def assign(tensor: Any, value: Tensor | None, world: World) -> None:
+    """Copies the first rank's whole `value`, None on the others, into a tensor of which each rank may hold a slice."""
+    if sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(value)
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        tensor.copy_(
+            distribute_tensor(there if value is None else there.copy_(value), tensor.device_mesh, tensor.placements)
+        )
+        return
+    if value is not None:
+        tensor.copy_(value)
+    if world.size > 1:
+        dist.broadcast(tensor, 0)

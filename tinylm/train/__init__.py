@@ -7,6 +7,7 @@ each combination where flags have several values.
 from __future__ import annotations
 
 from tinylm.train.config import TrainConfig
-from tinylm.train.run import Result, TrainingStopped, train
+from tinylm.train.failures import TrainingStopped
+from tinylm.train.run import Result, train
 
 __all__ = ["Result", "TrainConfig", "TrainingStopped", "train"]

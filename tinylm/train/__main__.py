@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from tinylm import parallel
 from tinylm.config import CheckpointError, ConfigError
 from tinylm.train import Result, TrainConfig, TrainingStopped, train
+from tinylm.train.failures import Diverged
 
 # What the table shows of a Result: its column, and how.
 SHOWN = {
@@ -102,15 +104,19 @@ def _all(configs: dict[str, TrainConfig]) -> int:
             try:
                 row |= dataclasses.asdict(train(config))
             except STOPS as error:
-                if len(configs) == 1:
+                # The other ranks might wait for this one, unless they have seen the same.
+                if len(configs) == 1 or (world.size > 1 and not isinstance(error, Diverged)):
                     raise
                 row["error"] = str(error)  # the others may do better
                 print(f"error: {name}: {error}", file=sys.stderr)
             rows.append(row)
-        if world.main:
+
+        def report() -> None:
             _table(rows)
             if len(configs) > 1:
                 _write(first.run.parent / "sweep.csv", rows, configs)
+
+        world.first(report)  # for which all wait: torchrun ends the others once one has left with an error
     return 2 if any("error" in row for row in rows) else 0
 
 
@@ -120,7 +126,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
 
     finished = [row for row in rows if "error" not in row]
     table = Table(Column("run", no_wrap=True), *(column for column, _ in SHOWN.values()))
-    for row in sorted(finished, key=lambda row: row["val_loss"]):
+    best = sorted(finished, key=lambda row: row["val_loss"])
+    for row in best:
         cells = ("" if row[key] is None else form.format(row[key]) for key, (_, form) in SHOWN.items())
         table.add_row(row["name"], *cells)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -128,8 +135,13 @@ def _table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "error" in row:
             console.print(f"{row['name']} stopped: {row['error']}", highlight=False)
-    for row in finished[:1]:
+    for row in best[:1]:
         console.print(f"MFU is of {row['peak_flops'] / 1e12:,.3g} TFLOP/s ({row['peak_source']}).")
+        console.print(
+            f"To hear it: python -m tinylm.generate --checkpoint {shlex.quote(str(row['run']))}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _write(path: Path, rows: list[dict[str, Any]], configs: dict[str, TrainConfig]) -> None:

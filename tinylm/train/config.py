@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +110,11 @@ class TrainConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isinf(value):
+                raise ConfigError(f"{name} is {value}: expected a finite number")
+            if isinstance(value, int) and value >= 2**63:
+                raise ConfigError(f"{name} is {value}: expected less than 2**63")
         if not self.lr > 0:
             raise ConfigError(f"lr is {self.lr}: expected a positive number")
         for name in ("beta1", "beta2"):
@@ -149,13 +156,33 @@ class TrainConfig:
 
 
 def _overrides(text: str) -> dict[str, Any]:
-    found = {}
+    """ModelConfig's fields in "dim=192,tied=false"; a name that it has not, for `preset` to refuse, stays text."""
+    types = typing.get_type_hints(ModelConfig)
+    found: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
-        name, equals, value = item.partition("=")
+        name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ConfigError(f"model override {item!r}: expected name=value, such as dim=192")
+        if (kind := types.get(name, str)) not in VALUES:
+            raise ConfigError(f"{name} cannot be given here: leave it out")
+        expected, read = VALUES[kind]
         try:
-            found[name.strip()] = json.loads(value)
-        except ValueError:
-            found[name.strip()] = value.strip()  # a name, such as gelu
+            found[name] = read(value)
+        except (KeyError, ValueError):
+            raise ConfigError(f"{name} is {value!r}: expected {expected}") from None
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+# What an override's value may be, and how it is read, by the type of ModelConfig's field.
+VALUES: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", int),
+    float: ("a number", _finite),
+    bool: ("true or false", {"true": True, "True": True, "false": False, "False": False}.__getitem__),
+    str: ("a name", str),
+}

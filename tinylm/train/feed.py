@@ -17,6 +17,7 @@ from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, prepare
 from tinylm.data.corpus import SOURCES, STDLIB
 from tinylm.data.tokens import MANIFEST
+from tinylm.data.windows import IGNORED
 from tinylm.train.config import TrainConfig
 
 AHEAD = 4  # batches that are ready before their step
@@ -54,12 +55,15 @@ def evaluate(
     """(mean loss in nats a token, bits per byte) of a split, every position but the first scored once.
 
     score: mean loss of tokens and targets (batch, context). token_bytes: (vocab_size,) int64. limit: stop when
-    so many tokens are scored; 0: the whole split.
+    so many tokens are scored, whatever the batch; 0: the whole split.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     scored = stood_for = 0
     for inputs, targets in eval_windows(tokens, context, batch):
-        wanted = targets[targets >= 0]
+        if limit:
+            beyond = (targets != IGNORED).flatten().cumsum(0).view_as(targets) > limit - scored
+            targets = targets.masked_fill(beyond, IGNORED)
+        wanted = targets[targets != IGNORED]
         scored += len(wanted)
         stood_for += int(token_bytes[wanted].sum())
         total += score(inputs.to(device), targets.to(device)).double() * len(wanted)

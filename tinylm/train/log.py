@@ -1,13 +1,18 @@
-"""What a run tells: rows of log.csv, and a progress bar where someone watches."""
+"""What a run tells: rows of log.csv, and a progress bar, or, where no one watches, a line for each validation."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
+
+from tinylm import checkpoint
+from tinylm.config import CheckpointError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,37 +26,54 @@ COLUMNS = (
 class Log:
     """RUN/log.csv: a row for each interval of steps, and for each validation; written and flushed at once.
 
+    Raises CheckpointError where it cannot be written.
+
     train_loss: mean over the steps since the row before. grad_norm: of the row's step, before clipping. seconds:
     of training alone, without compilation, validation and checkpoints. mfu: a share of the peak rate.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         """Continues the file after `step`: rows of later steps are dropped."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if _complete(row) and int(row["step"]) <= step]
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, path)
-        self._file: TextIO = path.open("a", newline="", encoding="utf-8")
+        self._path = path
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            if path.exists():
+                with path.open(newline="", encoding="utf-8") as file:
+                    rows = [row for row in csv.DictReader(file) if _complete(row) and int(row["step"]) <= step]
+            part = path.with_name(f".{path.name}.part")
+            with part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(part, path)
+            self._file: TextIO = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
     def write(self, row: dict[str, Any]) -> None:
         """Absent columns stay empty; floats are written to the last digit."""
-        self._writer.writerow(row)
-        self._file.flush()
+        with self._told():
+            self._writer.writerow(row)
+            self._file.flush()
 
     def sync(self) -> None:
         """Onto the disk, before a checkpoint of the same step is."""
-        os.fsync(self._file.fileno())
+        with self._told():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what could not be written, which was told
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: the log cannot be written ({error.strerror}); {checkpoint.left(self._path.parent)}: "
+                "make room, then use --resume"
+            ) from None
 
 
 def _complete(row: dict[str, Any]) -> bool:
@@ -60,10 +82,11 @@ def _complete(row: dict[str, Any]) -> bool:
 
 
 class Bar:
-    """A progress bar on stderr; nothing where that is no terminal, or `shown` is false."""
+    """A progress bar on stderr; a line for each validation where that is no terminal; nothing unless `shown`."""
 
     def __init__(self, run: Path, steps: int, done: int, *, shown: bool = True) -> None:
         self._progress: Progress | None = None
+        self._steps, self._shown = steps, shown
         if not (shown and sys.stderr.isatty()):
             return
         from rich.console import Console
@@ -92,8 +115,11 @@ class Bar:
 
     def show(self, row: dict[str, Any], val_loss: float | None) -> None:
         """The newest row, and the last validation loss."""
-        if self._progress is None:
+        if not self._shown or (self._progress is None and "val_loss" not in row):
             return
         told = f"loss {row['train_loss']:.4f}" + ("" if val_loss is None else f"  val {val_loss:.4f}")
         told += f"  {row['tokens_per_s']:,.0f} tok/s  MFU {row['mfu']:.1%}"
-        self._progress.update(self._task, completed=row["step"], told=told)
+        if self._progress is None:
+            print(f"step {row['step']} of {self._steps}  {told}", file=sys.stderr)
+        else:
+            self._progress.update(self._task, completed=row["step"], told=told)

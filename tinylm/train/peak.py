@@ -9,16 +9,16 @@ import time
 import torch
 
 # Dense matrix products in bf16, or fp16 on Turing, with sums in fp32, in FLOP/s, from the vendor's data sheets and
-# white papers; boards of other power or form, such as laptops', have other rates and are measured.
+# white papers; boards of other power or form, such as laptops', and parts of a card have other rates and are measured.
 PUBLISHED = {
-    r"H200": 989e12,
-    r"H100.*HBM3": 989e12,
-    r"H100 PCIe": 756e12,
-    r"A100": 312e12,
-    r"RTX 5090$": 209.5e12,
-    r"RTX 4090$": 165.2e12,
-    r"RTX 3090$": 71e12,
-    r"RTX 2070$": 29.9e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB|NVIDIA A100 80GB PCIe": 312e12,
+    r"(NVIDIA )?GeForce RTX 5090": 209.5e12,
+    r"(NVIDIA )?GeForce RTX 4090": 165.2e12,
+    r"(NVIDIA )?GeForce RTX 3090": 71e12,
+    r"(NVIDIA )?GeForce RTX 2070": 29.9e12,
 }
 
 
@@ -28,7 +28,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for pattern, rate in PUBLISHED.items():
-            if re.search(pattern, name):
+            if re.fullmatch(pattern, name):
                 return rate, "published"
     return _measured(device, dtype), "measured"
 

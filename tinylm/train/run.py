@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,16 +28,13 @@ from tinylm.model import Transformer
 from tinylm.optim import make_optimizer, set_lr
 from tinylm.tokenizer import Tokenizer
 from tinylm.train.config import TrainConfig
+from tinylm.train.failures import Diverged, not_finite, too_large, with_room
 from tinylm.train.feed import batches, check_long_enough, evaluate, prepared
 from tinylm.train.log import Bar, Log
 from tinylm.train.peak import peak_flops
-from tinylm.train.start import check_same, dtype_of, rows_of_a_rank, to_resume
-from tinylm.train.state import gather, restore
-from tinylm.train.step import Step, is_out_of_memory
-
-
-class TrainingStopped(RuntimeError):
-    """A run that cannot go on. One line: at which step, why, what is left of it and what to do."""
+from tinylm.train.start import check_alike, check_same, dtype_of, held, rows_of_a_rank, to_resume
+from tinylm.train.state import gather, restore, state_of
+from tinylm.train.step import Step
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,11 @@ def train(config: TrainConfig) -> Result:
     Raises ConfigError for settings that cannot work, CheckpointError for a checkpoint that cannot be read or
     written, TrainingStopped where the loss is no number or the batch does not fit.
     """
-    # Weights and dropout draw from torch's own generators, which the caller may use too.
-    with parallel.ranks(config.parallel, config.device) as world, world.own_random():
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(parallel.ranks(config.parallel, config.device))
+        # Weights and dropout draw from torch's own generators, which the caller may use too.
+        stack.enter_context(world.own_random())
+        world.first(lambda: stack.enter_context(held(config.run)))
         return _Run(config, world).go()
 
 
@@ -75,12 +76,10 @@ class _Run:
         self.config, self.world = config, world
         self.dtype = dtype_of(config, world.device)
         self.per_rank, self.micro = rows_of_a_rank(config, world, self.dtype)
-        before = to_resume(config)
+        before = world.first(lambda: to_resume(config))
+        folder = world.first(lambda: prepared(config))
         if not world.main:
-            world.wait()  # until the first rank has prepared the text
-        folder = prepared(config)
-        if world.main:
-            world.wait()
+            folder = prepared(config)  # there already, but for a machine with a disk of its own
         self.text, self.validation = data.Tokens(folder, "train"), data.Tokens(folder, "val")
         self.sampler = data.Sampler(self.text, config.context, config.seed)
         check_long_enough(self.validation, config.context)
@@ -92,18 +91,44 @@ class _Run:
             "training text": self.text.digest,
             "validation text": self.validation.digest,
         }
+        check_alike(world.gathered(self.digests))
         if before is not None:
             check_same(before, self.digests, self.shape)
+        elif config.resume and world.main:
+            print(f"{config.run} has no checkpoint: the run starts at its first step", file=sys.stderr)
         if world.main:
             checkpoint.clean(config.run, config.keep)
 
+        initial = with_room(
+            self._build,
+            lambda: (
+                f"the model, what its optimizer keeps and a step's tokens do not fit into the memory of {world.device}"
+                ": give a smaller --preset, --model or --batch"
+            ),
+        )
+        if config.peak_flops:
+            self.peak, self.peak_source = config.peak_flops, "given"
+        else:
+            self.peak, self.peak_source = peak_flops(world.device, self.dtype)
+        self.done, self.seconds = 0, 0.0
+        self.best: dict[str, Any] = {}  # step and val_loss of the best validation
+        self.newest: dict[str, Any] = {}  # what the newest validation added to its row
+        self.compile_seconds = self._warm_up(initial)
+        if before is not None:
+            self._restore(before)
+
+    # --- its state ---------------------------------------------------------------------------------------------------
+
+    def _build(self) -> list[Tensor]:
+        """Makes model, optimizer and step; the initial weights that this rank has, on the host."""
+        config, world = self.config, self.world
         torch.manual_seed(config.seed)
         backends = {"rmsnorm": config.rmsnorm, "linear_cross_entropy": config.linear_cross_entropy}
         self.model = Transformer.build(self.shape, ops=backends, device=world.device)
         self.parameter_count = self.model.param_count()
         self.flops = 3 * self.model.flops(config.batch, config.context)  # of a step
         wrapped = parallel.wrap(self.model, config.parallel, world, compiled=config.compile)
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(
             self.model,
             config.optimizer,
@@ -119,53 +144,44 @@ class _Run:
             self.optimizer,
             rows=(self.per_rank, config.context + 1),
             micro=self.micro,
-            room=config.log_every,
+            room=min(config.log_every, config.steps),
             autocast=self.dtype,
             clip_norm=config.clip or None,
             graph=config.graph,
         )
-        if config.peak_flops:
-            self.peak, self.peak_source = config.peak_flops, "given"
-        else:
-            self.peak, self.peak_source = peak_flops(world.device, self.dtype)
-        self.done, self.seconds = 0, 0.0
-        self.best: dict[str, Any] = {}  # step and val_loss of the best validation
-        self.newest: dict[str, Any] = {}  # what the newest validation added to its row
-        self.compile_seconds = self._warm_up()
-        if before is not None:
-            self._restore(before)
+        self.optimizer.allocate()
+        self.state = state_of(self.optimizer, self.weights)
+        return [parallel.local(weight.detach()).to("cpu", copy=True) for weight in self.weights.values()]
 
-    # --- its state ---------------------------------------------------------------------------------------------------
-
-    def _warm_up(self) -> float:
+    def _warm_up(self, initial: list[Tensor]) -> float:
         """Compiles, captures, loads kernels outside the clock, and leaves the state as it was; the seconds it took."""
         # Each run compiles anew: torch counts how often it compiles the same code, and gives up at the eighth time.
         if self.config.compile:
             torch.compiler.reset()
-        weights = [parameter.detach().clone() for parameter in self.parameters.values()]
         scaler = self.step.scaler.state_dict()
         started = time.perf_counter()
-        self._guard(lambda: self.step.warm_up(self.sampler.samples(0, self.per_rank)), 0)
+        self._guarded(lambda: self.step.warm_up(self.sampler.samples(0, self.per_rank)), 1)
         took = time.perf_counter() - started
-        with torch.no_grad():
-            for parameter, weight in zip(self.parameters.values(), weights, strict=True):
-                parameter.copy_(weight)
         # In place, because a graph has their addresses; zeros are what the optimizers start from.
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        with torch.no_grad():
+            for weight, value in zip(self.weights.values(), initial, strict=True):
+                parallel.local(weight).copy_(value)
+        for value in self.state.values():
+            value.zero_()
         self.step.scaler.load_state_dict(scaler)
         return took
 
     def _restore(self, before: checkpoint.Checkpoint) -> None:
-        restore(self.parameters, self.optimizer, before.model_state(), before.optimizer_state(), str(before.path))
+        restore(self.weights, self.state, before, self.world)
         self.done, self.seconds = before.step, before.meta["seconds"]
         self.best, self.newest = before.meta["best"], before.meta["newest"]
         if before.meta["scaler"]:
             self.step.scaler.load_state_dict(before.meta["scaler"])
 
     def _save(self, step: int, val_loss: float | None, log: Log | None) -> None:
-        weights, state = gather(self.parameters, self.optimizer, kept=log is not None)
+        weights, state = (gather(tensors, kept=log is not None) for tensors in (self.weights, self.state))
+        if self.world.first(lambda: not all(bool(value.isfinite().all()) for value in weights.values())):
+            raise self._diverged(f"weights are no numbers after step {step}")
         if log is None:
             return
         log.sync()
@@ -241,7 +257,7 @@ class _Run:
         set_lr(self.optimizer, config.lr_share(index))
         if self.shape.dropout:
             torch.manual_seed(_mixed(config.seed, index, self.world.rank))
-        self._guard(lambda: self.step(batch), index)
+        self._guarded(lambda: self.step(batch), index + 1)
 
     def _row(self, step: int, started: float) -> dict[str, Any]:
         """The log's row of the steps since the last; waits for the device."""
@@ -249,11 +265,8 @@ class _Run:
         losses, norms = (values.tolist() for values in self._read())
         took = time.perf_counter() - started
         first = step - len(losses) + 1
-        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), first):
-            # Of fp16's gradients some are not finite while the scale is found: those steps change nothing.
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.step.scaler.is_enabled()):
-                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-                raise TrainingStopped(f"{what} at step {number}; {self._left()}: start another run with a lower --lr")
+        if bad := not_finite(first, losses, norms, scaled=self.step.scaler.is_enabled()):
+            raise self._diverged(bad)
         self.seconds += took
         return {
             "step": step,
@@ -285,6 +298,8 @@ class _Run:
             device=self.world.device,
         )
         self.model.train()
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss} after step {row['step']}")
         self.newest = {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
         row.update(self.newest)
         improves = loss < self.best.get("val_loss", math.inf)
@@ -294,31 +309,11 @@ class _Run:
 
     # --- what can go wrong -------------------------------------------------------------------------------------------
 
-    def _guard(self, make: Callable[[], object], index: int) -> None:
-        """Raises TrainingStopped, with the largest micro-batch that fits, where the device has no room."""
-        try:
-            make()
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Here, because an exception that is being handled keeps the tensors of its frames.
-        told = (
-            f"{self.micro} sequences of {self.config.context} tokens do not fit into the memory of {self.world.device}"
-        )
-        if self.world.size > 1:  # alone, this rank cannot try any
-            raise TrainingStopped(f"{told} (step {index + 1}); {self._left()}: give a smaller --micro-batch")
-        sizes = [self.micro]
-        while sizes[-1] > 1:  # the largest divisor of a rank's rows that is at most half of the one before
-            sizes.append(next(size for size in range(sizes[-1] // 2, 0, -1) if self.per_rank % size == 0))
-        fits = next((size for size in sizes[1:] if self.step.fits(size)), None)
-        hint = f"{fits} did: give --micro-batch {fits}" if fits else "nor does one: give a smaller --context or model"
-        raise TrainingStopped(f"{told} (step {index + 1}), {hint}; {self._left()}")
+    def _guarded(self, make: Callable[[], object], step: int) -> None:
+        with_room(make, lambda: f"step {step}: {too_large(self.step)}; {checkpoint.left(self.config.run)}")
 
-    def _left(self) -> str:
-        """What of the run is on the disk."""
-        there = checkpoint.saved(self.config.run)
-        return f"the last good checkpoint is {there[-1]}" if there else "no checkpoint was written yet"
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(f"{what}; {checkpoint.left(self.config.run)}: start another run with a lower --lr")
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from tinylm import checkpoint
 from tinylm.config import CheckpointError, ConfigError, ModelConfig
+from tinylm.model import DTYPES
 from tinylm.parallel import World
 from tinylm.train.config import TrainConfig
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # What a resumed run may set anew. The rest decides which weights come out, and must be as it was; of the data, the
 # digest must.
@@ -77,7 +79,50 @@ def to_resume(config: TrainConfig) -> checkpoint.Checkpoint | None:
             raise ConfigError(f"{name} is {now[name]!r}, but {found.path} was trained with {before[name]!r}: {ANOTHER}")
     if found.step > config.steps:
         raise ConfigError(f"steps is {config.steps}, but {found.path} has {found.step} behind it: give more")
+    planned = dataclasses.replace(config, steps=before["steps"])
+    if any(config.lr_share(index) != planned.lr_share(index) for index in (found.step - 1, found.step)):
+        raise ConfigError(
+            f"steps is {config.steps}, but {found.path} was to have {planned.steps}, and by {config.schedule} another "
+            f"learning rate: {ANOTHER}; constant, or wsd before its decay, could go on"
+        )
     return found
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """The run's folder, made if it is not there, for this process alone; removed again if nothing comes into it.
+
+    Raises ConfigError where it cannot be made, or another process has it.
+    """
+    import filelock
+
+    lock = filelock.FileLock(run / ".lock")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ConfigError(f"{run} is being trained into by another process: wait, or give another --out") from None
+    except OSError as error:
+        raise ConfigError(f"{run} cannot be the run's folder ({error.strerror}): give another --out") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if [path.name for path in run.iterdir()] == [".lock"]:
+                (run / ".lock").unlink()
+                run.rmdir()
+        lock.release()
+
+
+def check_alike(digests: list[dict[str, str]]) -> None:
+    """Raises ConfigError unless all ranks, which may be on several machines, have the same text."""
+    for rank, theirs in enumerate(digests):
+        for name, digest in theirs.items():
+            if digest != digests[0][name]:
+                raise ConfigError(
+                    f"the {name} has sha256 {digest} on rank {rank}, and {digests[0][name]} on the first: give each "
+                    "machine the same"
+                )
 
 
 def check_same(before: checkpoint.Checkpoint, digests: dict[str, str], shape: ModelConfig) -> None:

@@ -6,13 +6,12 @@ gradient norm are left in a record there, which `read` fetches when the log want
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from tinylm.optim import clip
+from tinylm.optim import Optimizer, clip, guard
 from tinylm.parallel import Wrapped
+from tinylm.train.failures import is_out_of_memory
 
 
 class Step:
@@ -27,7 +26,7 @@ class Step:
         self,
         wrapped: Wrapped,
         model: nn.Module,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         rows: tuple[int, int],
         micro: int,
@@ -82,6 +81,8 @@ class Step:
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = clip(self.parameters, self.clip_norm)
+        if not self.scaler.is_enabled():  # which skips by itself
+            guard(self.optimizer, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if not self.captures:
@@ -126,21 +127,18 @@ class Step:
         self.graph = graph
 
     def fits(self, micro: int) -> bool:
-        """Whether one pass over that many rows fits into the memory; leaves no gradients."""
+        """Whether this rank alone has the memory for one pass over that many rows, beside the optimizer's state."""
+        assert self.wrapped.alone is not None
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        rows = self.rows[:micro]
         try:
-            self.loss(self.rows[:micro]).backward()
+            with self._cast():
+                loss = self.wrapped.alone(rows[:, :-1], targets=rows[:, 1:])
+            torch.autograd.grad(loss, self.parameters)  # not backward, which the other ranks would have to join
             return True
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return False
-        finally:
-            self.optimizer.zero_grad()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the host, had no room for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
