@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylm.config import CheckpointError, ConfigError, ModelConfig, RopeScaling
+from tinylm.config import CheckpointError, ConfigError, ModelConfig, RopeScaling, first_line
 from tinylm.model import Transformer
 from tinylm.tokenizer import Tokenizer
 
@@ -282,7 +282,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

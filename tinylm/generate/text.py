@@ -62,10 +62,10 @@ def load(
     ends: list[int] = []
     start: int | None = None
     if (directory / checkpoint.META).is_file() or checkpoint.saved(directory):
-        model, meta = checkpoint.load_model(directory, device, dtype or torch.float32, which=which)
-        if not (directory / checkpoint.META).is_file():
-            (directory,) = (path for path in checkpoint.saved(directory) if checkpoint.step_of(path) == meta["step"])
+        found = checkpoint.load(directory, which, files=checkpoint.SPOKEN)
+        directory = found.path
         tokenizer = Tokenizer.load(directory)
+        model, _ = checkpoint.load_model(found, device, dtype or torch.float32)
     elif (directory / "config.json").is_file():
         if not (directory / FILE).is_file():
             raise ConfigError(f"{directory}: has no {FILE}; save the tokenizer's there, beside config.json")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tinylm.config import ConfigError
 from tinylm.data import Sampler, Tokens, eval_windows, prepare
 from tinylm.data.corpus import SOURCES, STDLIB
-from tinylm.data.tokens import MANIFEST
+from tinylm.data.tokens import is_prepared
 from tinylm.data.windows import IGNORED
 from tinylm.train.config import TrainConfig
 
@@ -84,7 +84,7 @@ def check_long_enough(validation: Tokens, context: int) -> None:
 def prepared(config: TrainConfig) -> Path:
     """The folder of config.data's tokens, made if it is not there yet. Raises ConfigError."""
     path = Path(config.data)
-    if (path / MANIFEST).is_file():
+    if is_prepared(path):
         return path
     settings: dict[str, Any] = {
         "tokenizer": None if config.tokenizer == "auto" else config.tokenizer,
