@@ -18,13 +18,32 @@
 
 namespace tinylm {
 
+// What a kernel reads of a call, what all need first: parameters come from memory in lines too, and as late as a row.
+struct Call {
+  const void *x, *weight;
+  void *y, *rstd;
+  int64_t rows, hidden;
+  float eps;
+  bool weight_f32;
+  Launch launch;
+  RowMap x_rows;
+  const void* residual;
+  void* sum;
+  RowMap residual_rows;
+
+  Call(const RmsNorm& a, const Launch& launch)
+      : x(a.x), weight(a.weight), y(a.y), rstd(a.rstd), rows(a.rows), hidden(a.hidden), eps(static_cast<float>(a.eps)),
+        weight_f32(a.weight_f32), launch(launch), x_rows(a.x_rows), residual(a.residual), sum(a.sum),
+        residual_rows(a.residual_rows) {}
+};
+
 template <typename T, int K, Span kSpan, bool kAdd, bool kShift>
 __global__ void __launch_bounds__(kSpan == Span::lanes ? 64 : 512,
                                   kAdd || (kShift && K == 8)  ? 1
                                   : kSpan == Span::lanes ? (kShift ? 12 : 16)
                                                          : 2)
-    rmsnorm_rows(const __grid_constant__ RmsNorm a, const __grid_constant__ RowMap x_rows,
-                 const __grid_constant__ RowMap residual_rows, const Launch g) {
+    rmsnorm_rows(const __grid_constant__ Call a) {
+  const Launch& g = a.launch;
   constexpr bool kExact = sizeof(T) == 4;  // halves are right without
   constexpr int N = kAdd ? 2 : 1;
   extern __shared__ __align__(128) uint4 shared[];
@@ -36,8 +55,8 @@ __global__ void __launch_bounds__(kSpan == Span::lanes ? 64 : 512,
   const int64_t row = kSpan == Span::lanes ? (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / g.lanes
                                            : int64_t{blockIdx.x} / (kSpan == Span::cluster ? g.blocks : 1);
   const bool live = kSpan != Span::lanes || row < a.rows;
-  const T* tensors[N] = {static_cast<const T*>(a.x) + (live ? x_rows.start(row) : 0)};
-  if constexpr (kAdd) tensors[1] = static_cast<const T*>(a.residual) + (live ? residual_rows.start(row) : 0);
+  const T* tensors[N] = {static_cast<const T*>(a.x) + (live ? a.x_rows.start(row) : 0)};
+  if constexpr (kAdd) tensors[1] = static_cast<const T*>(a.residual) + (live ? a.residual_rows.start(row) : 0);
   T* y = static_cast<T*>(a.y) + row * a.hidden;
   T* h_out = static_cast<T*>(a.sum) + row * a.hidden;
 
@@ -101,7 +120,7 @@ __global__ void __launch_bounds__(kSpan == Span::lanes ? 64 : 512,
   exchange.ready();
   const float sum = exchange.sum(tree(part), g, 0);
   const float mean = kExact ? sum / static_cast<float>(a.hidden) : sum * (1.0f / static_cast<float>(a.hidden));
-  const float rstd = kExact ? __frsqrt_rn(mean + static_cast<float>(a.eps)) : rsqrtf(mean + static_cast<float>(a.eps));
+  const float rstd = kExact ? __frsqrt_rn(mean + a.eps) : rsqrtf(mean + a.eps);
   if (a.rstd != nullptr && live && place.first == 0) static_cast<float*>(a.rstd)[row] = rstd;
   if constexpr (kShift && kSpan == Span::lanes) __syncwarp();
 #pragma unroll
@@ -136,13 +155,12 @@ constexpr int kUnroll = 4;
 // twice, the second time from L2. A block a row.
 template <typename T, bool kAdd, bool kShift>
 __global__ void __launch_bounds__(kLongThreads, 1)
-    rmsnorm_long(const __grid_constant__ RmsNorm a, const __grid_constant__ RowMap x_rows,
-                 const __grid_constant__ RowMap residual_rows) {
+    rmsnorm_long(const __grid_constant__ Call a) {
   constexpr int V = Pack<T>::size;
   __shared__ Exchange<Span::block, true> exchange;
   const int64_t row = blockIdx.x, count = (a.hidden + V - 1) / V;
-  const T* x = static_cast<const T*>(a.x) + x_rows.start(row);
-  const T* residual = static_cast<const T*>(a.residual) + (kAdd ? residual_rows.start(row) : 0);
+  const T* x = static_cast<const T*>(a.x) + a.x_rows.start(row);
+  const T* residual = static_cast<const T*>(a.residual) + (kAdd ? a.residual_rows.start(row) : 0);
   T* y = static_cast<T*>(a.y) + row * a.hidden;
   T* h_out = static_cast<T*>(a.sum) + row * a.hidden;
   exchange.init();
@@ -175,7 +193,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     sum.add({tree(part), 0.0f});
   }
   const float total = exchange.sum(sum.value(), {kLongThreads, 1, 1, false}, 0);
-  const float rstd = __frsqrt_rn(total / static_cast<float>(a.hidden) + static_cast<float>(a.eps));
+  const float rstd = __frsqrt_rn(total / static_cast<float>(a.hidden) + a.eps);
   if (a.rstd != nullptr && threadIdx.x == 0) static_cast<float*>(a.rstd)[row] = rstd;
   for (int64_t c = threadIdx.x; c < count; c += kLongThreads) {
     float v[V], w[V];
@@ -194,8 +212,8 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
   constexpr int V = Pack<T>::size;
   const Card& card = this_card();
   const int64_t packs = (a.hidden + V - 1) / V;
-  // Such rows never come by packs: fewer of them a thread, because both those on their way in and out are in shared
-  // memory too (bf16, 50,257 columns: .54 with 4 in 8 blocks, .28 with 8 in 4; 65,536: .86 and .92).
+  // Such rows never come by packs: 4 of them a thread, because both those on their way in and out are in shared memory
+  // too (bf16, 50,257 columns: .54 with 4 in 8 blocks, .28 with 8 in 4; 65,536: .86 and .92; 4,095: .85, with 2 .65).
   const bool odd = a.hidden % V != 0;
   Launch g{1, 1, 1, aligned16(a.weight)};
   int threads = 64, rows_of_block = 1, pitch = 0;
@@ -207,7 +225,10 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     kernel = reinterpret_cast<const void*>(rmsnorm_rows<T, K, kSpan, kAdd, kShift>);
     pitch = Stream<T, K, 1, kSpan, kShift>::pitch(g.lanes);
   };
-  if (packs <= 128) {
+  if (kShift && packs > 64 && packs <= 128) {  // a row's warp is a block of its own: 1,001 columns .81, not .75
+    threads = g.lanes = 32;
+    take(Number<4>(), Is<Span::block>());
+  } else if (packs <= 128) {
     while (g.lanes * (packs <= 32 ? 2 : 4) < packs) g.lanes *= 2;
     rows_of_block = threads / g.lanes;
     blocks = (a.rows + rows_of_block - 1) / rows_of_block;
@@ -217,9 +238,13 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     threads = g.lanes = warps_of((packs + g.blocks - 1) / g.blocks, 4) * 32;
     blocks = a.rows * g.blocks;
     if constexpr (kShift) take(Number<4>(), Is<Span::cluster>());
+  } else if (packs <= 512 && !odd) {
+    threads = g.lanes = warps_of(packs, 2) * 32;
+    take(Number<2>(), Is<Span::block>());
   } else if (packs <= 4096) {
-    threads = g.lanes = warps_of(packs, packs <= 2048 ? 4 : 8) * 32;
-    packs <= 2048 ? take(Number<4>(), Is<Span::block>()) : take(Number<8>(), Is<Span::block>());
+    const bool eight = sizeof(T) == 4 ? packs > 512 : packs > 2048;
+    threads = g.lanes = warps_of(packs, eight ? 8 : 4) * 32;
+    eight ? take(Number<8>(), Is<Span::block>()) : take(Number<4>(), Is<Span::block>());
   } else if (card.clusters && packs <= 8 * 4096) {
     threads = sizeof(T) == 4 || packs > 8 * 2048 ? 512 : 256;
     while (g.blocks * threads * 8 < packs) g.blocks *= 2;
@@ -234,8 +259,8 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     kernel = reinterpret_cast<const void*>(rmsnorm_long<T, kAdd, kShift>);
     threads = kLongThreads, blocks = a.rows, g.blocks = 1, shared = 0;
   }
-  RowMap x_rows(a.x_rows), residual_rows(a.residual_rows);
-  void* arguments[] = {const_cast<RmsNorm*>(&a), &x_rows, &residual_rows, &g};
+  Call call(a, g);
+  void* arguments[] = {&call};
   return start(kernel, blocks, threads, shared, g.blocks, arguments, stream);
 }
 

@@ -18,6 +18,7 @@
 namespace tinylm {
 
 constexpr int kGradPacks = 4;  // of a thread
+constexpr int64_t kRowsOfUnit = 2;  // at least, because each unit's partial sums are written and read again
 // Of a block, and how many such blocks a multiprocessor's registers are enough for without spilling.
 template <Span kSpan, bool kShift>
 constexpr int kThreads = kShift && kSpan == Span::lanes ? 128 : 256;
@@ -30,6 +31,13 @@ constexpr bool kClustersRun = false;
 #else
 constexpr bool kClustersRun = true;
 #endif
+
+// To addresses that are multiples of 16 bytes.
+template <int V>
+__device__ inline void store_floats(float* to, const float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i += 4) reinterpret_cast<float4*>(to + i)[0] = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
 
 // Some blocks a multiprocessor, each of which works on row after row, has the next ones on their way, and sums its part
 // of dweight in registers. Without kShift a row is read from shared memory once; with it registers would not do.
@@ -170,9 +178,13 @@ __global__ void __launch_bounds__(kThreads<kSpan, kShift>,
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int at = place.pack_at(k) * V;
+      if constexpr (kShift) {
 #pragma unroll
-      for (int i = 0; i < V; ++i)
-        if (at + i < a.hidden) partials[at + i] = dw[k][i];
+        for (int i = 0; i < V; ++i)
+          if (at + i < a.hidden) partials[at + i] = dw[k][i];
+      } else if (place.has(k)) {
+        store_floats(partials + at, dw[k]);
+      }
     }
   } else {
     // Lanes of other rows hold the same columns: first those of the warp are added, then warp after warp.
@@ -192,9 +204,19 @@ __global__ void __launch_bounds__(kThreads<kSpan, kShift>,
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const int at = place.pack_at(k) * V;
+        if constexpr (kShift) {
 #pragma unroll
-        for (int i = 0; i < V; ++i)
-          if (at + i < a.hidden) columns[at + i] = (warp == 0 ? 0.0f : columns[at + i]) + dw[k][i];
+          for (int i = 0; i < V; ++i)
+            if (at + i < a.hidden) columns[at + i] = (warp == 0 ? 0.0f : columns[at + i]) + dw[k][i];
+        } else if (place.has(k)) {
+#pragma unroll
+          for (int i = 0; i < V; i += 4) {
+            if (warp == 0) break;
+            const float4 before = reinterpret_cast<const float4*>(columns + at + i)[0];
+            dw[k][i] += before.x, dw[k][i + 1] += before.y, dw[k][i + 2] += before.z, dw[k][i + 3] += before.w;
+          }
+          store_floats(columns + at, dw[k]);
+        }
       }
     }
     __syncthreads();
@@ -356,7 +378,8 @@ Plan plan(const RmsNormGrad& a) {
     p.units = int64_t{card.multiprocessors} * resident / p.g.blocks;
     if (p.g.blocks > 1) p.units = std::min(p.units, clusters_that_fit(p.kernel, p.threads, p.shared, p.g.blocks, resident));
     if (p.units > 0 && fits(stages)) {
-      p.units = std::max<int64_t>(1, std::min(p.units, (a.rows + rows_of_block - 1) / rows_of_block));
+      const int64_t rows = kRowsOfUnit * rows_of_block;
+      p.units = std::max<int64_t>(1, std::min(p.units, (a.rows + rows - 1) / rows));
       return p;
     }
   }

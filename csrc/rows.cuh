@@ -151,8 +151,8 @@ __device__ inline void weights_long(const void* weight, bool f32, int64_t at, in
 // (Granlund and Montgomery, 1994).
 struct RowMap {
   int dims;
-  uint32_t size[kLeadDims], magic[kLeadDims], shift[kLeadDims];
   int64_t stride[kLeadDims];
+  uint32_t size[kLeadDims], magic[kLeadDims], shift[kLeadDims];
 
   explicit RowMap(const Rows& rows) : dims(rows.dims) {
     for (int d = 0; d < dims; ++d) {
@@ -216,16 +216,23 @@ __device__ inline Sum sum_lanes(float v, int lanes) {
   return sum;
 }
 
-// Of the first `count` (at most 16) of 16 sums in shared memory, in pairs; the rest must be zeros.
+// Of the first `count` (at most 16) of 16 sums in shared memory, in pairs.
 template <bool kExact>
 __device__ inline Sum sum_slots(const float (&high)[16], const float (&low)[16], int count) {
   Sum four[4];
+  auto four_of = [count](const float (&slots)[16], int i) {
+    float4 v = reinterpret_cast<const float4*>(slots)[i];
+    if (4 * i + 1 >= count) v.y = 0.0f;
+    if (4 * i + 2 >= count) v.z = 0.0f;
+    if (4 * i + 3 >= count) v.w = 0.0f;
+    return v;
+  };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (4 * i >= count) break;
-    const float4 v = reinterpret_cast<const float4*>(high)[i];
+    const float4 v = four_of(high, i);
     if constexpr (kExact) {
-      const float4 u = reinterpret_cast<const float4*>(low)[i];
+      const float4 u = four_of(low, i);
       four[i] = {v.x, u.x};
       four[i].add({v.y, u.y});
       Sum right{v.z, u.z};
@@ -304,20 +311,17 @@ struct Exchange {
   uint64_t arrived[2];
 
   __device__ void init() {
-    if constexpr (kSpan != Span::lanes) {
-      for (int i = threadIdx.x; i < 64; i += blockDim.x) (&warps[0][0][0])[i] = (&blocks[0][0][0])[i] = 0.0f;
 #if __CUDA_ARCH__ >= 900
-      if (kBlocks && threadIdx.x == 0) {
+    if constexpr (kBlocks) {
+      if (threadIdx.x == 0) {
         for (int i = 0; i < 2; ++i)
           asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at(&arrived[i])) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       }
-#endif
       __syncthreads();
-#if __CUDA_ARCH__ >= 900
-      if constexpr (kBlocks) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
+      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     }
+#endif
   }
   __device__ void ready() {  // before the first sum: the other blocks have started
 #if __CUDA_ARCH__ >= 900

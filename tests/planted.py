@@ -564,8 +564,8 @@ CUDA_SOURCE = [
         (
             Patch(
                 FORWARD,
-                "kExact ? __frsqrt_rn(mean + static_cast<float>(a.eps)) : rsqrtf(mean + static_cast<float>(a.eps))",
-                "1.0f / (sqrtf(mean) + static_cast<float>(a.eps))",
+                "kExact ? __frsqrt_rn(mean + a.eps) : rsqrtf(mean + a.eps)",
+                "1.0f / (sqrtf(mean) + a.eps)",
             ),
         ),
         (Y,),
