@@ -107,9 +107,10 @@ def test_the_model_is_its_definition(config: ModelConfig, length: int, seed: int
         torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-9)
 
 
-def sums_then_norms(model: Any, tokens: Tensor) -> Tensor:
+def sums_then_norms(model: Any, tokens: Tensor, stream: torch.dtype | None = None) -> Tensor:
     """Logits of tokens (B, T) with each sum at the end of its branch, and each norm by itself."""
     x, rotation = model.positions(model.embed(tokens), None)
+    x = x.to(stream)
     drop = functools.partial(F.dropout, p=model.config.dropout, training=model.training)
     x = drop(x)
     for block in model.blocks:
@@ -409,10 +410,16 @@ def test_a_backend_of_rmsnorm_alone_adds_first(monkeypatch: pytest.MonkeyPatch) 
     assert calls == {"rmsnorm": 2 * (2 * 2 + 1)}
 
 
-def test_under_autocast_the_stream_stays_as_wide_as_it_was() -> None:
+@pytest.mark.parametrize(
+    ("autocast", "stream"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=["bf16", "fp16"]
+)
+def test_under_autocast_the_stream_is_bf16_where_products_are(autocast: torch.dtype, stream: torch.dtype) -> None:
     model, tokens = Transformer(preset("nano"), ops={"rmsnorm": "eager"}), torch.randint(512, (1, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(tokens), sums_then_norms(model, tokens))
+    with torch.autocast("cpu", autocast):
+        assert torch.equal(model(tokens), sums_then_norms(model, tokens, stream))
+        assert not torch.equal(
+            model(tokens), sums_then_norms(model, tokens, torch.float32 if stream == torch.bfloat16 else torch.bfloat16)
+        )
 
 
 def test_reductions_act_from_outside() -> None:

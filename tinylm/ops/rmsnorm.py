@@ -34,8 +34,11 @@ def rmsnorm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rmsnorm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`torch.nn.functional.rms_norm`."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    """`torch.nn.functional.rms_norm`, which warns of two dtypes and then composes it: they become the wider."""
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 def add_rmsnorm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
