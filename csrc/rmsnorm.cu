@@ -2,15 +2,18 @@
 //
 // A row is held in registers by some lanes of a warp, by a block or by the blocks of a cluster (Span), 2 to 8 packs of
 // 16 bytes a thread, whichever keeps the most bytes on their way. Blocks come and go, a row each: while some load, others
-// sum or store. Weights are requested before the row is waited for. Shares of copy on an H200, 0.5 GiB of
-// rows, each the best setting of a tuning program's sweep, timed by events and not by the suite:
+// sum or store. Weights are requested before the row is waited for. Shares of copy on an H200, 0.5 GiB of rows, from a
+// tuning program's sweeps, timed by events, or, where it says so, from the suite:
 //  - plain loads, not ld.global.nc.L1::no_allocate: bf16 4,096 columns .98 against .93, 1,024 .995 against .97;
 //  - a persistent grid with asynchronous copies ahead, as the backward has, is slower here: .91 to .95 up to 32,768
 //    columns, and 2% faster from 65,536 on only;
 //  - reading a row twice instead, from L2 the second time: .91 with 16,384 columns, .98 here;
 //  - what long rows lack is bytes on their way while blocks meet: bf16, 65,536 columns with 4, 3, 2 blocks a
 //    multiprocessor .92, .85, .70, and registers hold no more; half the packs a thread .86;
-//  - 8 packs a thread, not 4, bf16, 4,096 columns: .975 against .967, but 3.2 us a call of one row against 1.7;
+//  - packs a thread, 4,096 columns of bf16: 2, 4, 8 give .966, .970, .980, but a call of one row takes 2.9, 3.1 us (the
+//    suite) and, with 8, half as much again; fp32: 4 and 8 give .973 and .970, one row 3.0 and 3.7 us (the suite);
+//    8,192 columns of fp32: 4 and 8 give .940 and .969 (the suite);
+//  - weights of 8 packs requested early: .65 where .97 is reached without, for want of registers;
 //  - streaming stores (.cs): up to 1% slower (on an H100).
 // Rows that start anywhere (an odd hidden size) go through shared memory, see Stream; bf16, 4,095 columns: .85, and .47
 // by loads of single elements.
@@ -242,7 +245,7 @@ const char* launch(const RmsNorm& a, cudaStream_t stream) {
     threads = g.lanes = warps_of(packs, 2) * 32;
     take(Number<2>(), Is<Span::block>());
   } else if (packs <= 4096) {
-    const bool eight = sizeof(T) == 4 ? packs > 512 : packs > 2048;
+    const bool eight = packs > (sizeof(T) == 4 ? 1024 : 2048);
     threads = g.lanes = warps_of(packs, eight ? 8 : 4) * 32;
     eight ? take(Number<8>(), Is<Span::block>()) : take(Number<4>(), Is<Span::block>());
   } else if (card.clusters && packs <= 8 * 4096) {
