@@ -171,9 +171,7 @@ def test_text(measure, device, phase, preset, dtype, batch, context, impl):
     def loop():
         prompt = torch.randint(tokenizer.vocab_size, (batch, max(1, context - count // 2)), device=device)
         sampling = Sampling(temperature=0.8, top_k=50, seed=0)
-        return Decoder(
-            net, prompt, count - 1, sampling=sampling, graph=impl == "graph", vocab_size=tokenizer.vocab_size
-        )
+        return Decoder(net, prompt, count - 1, sampling=sampling, runner=impl, vocab_size=tokenizer.vocab_size)
 
     def speak(decoder):
         """The text of each row, as the ids of its characters: (batch, count) int64 on the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from tinylm.bench.proof import CheckFailed
 from tinylm.config import PRESETS, ModelConfig, preset
-from tinylm.generate import Decoder
+from tinylm.generate import RUNNERS, Decoder, RunnerWarning
 from tinylm.model import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,7 +20,7 @@ CHOICES: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "preset": PRESETS,
     "cache": ["dense", "none"],
-    "impl": ["eager", "graph"],
+    "impl": RUNNERS,
 }
 
 # Tokens decoded by one timed call: enough on a GPU that the synchronization at its end is below 1%, few on a CPU.
@@ -58,17 +59,23 @@ def tokens(config: ModelConfig, batch: int, length: int, device: str) -> torch.T
 
 
 def decoder(net: Transformer, batch: int, context: int, *, cache: str, impl: str) -> Decoder:
-    """A prefilled decode loop whose passes have a mean context of `context`, to half a token.
+    """A prefilled decode loop whose passes have a mean context of `context`, to half a token, by runner `impl`.
 
-    Graphs are captured per length (granularity 1), so that neither side computes on padding.
+    Graphs are captured per length (granularity 1), so that neither side computes on padding; `compile` pads.
     """
     device = net.device.type
-    if impl == "graph" and device != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
+    if device not in RUNNERS[impl].devices:
+        pytest.skip(f"runner {impl} does not run on {device}")
     count = DECODED[device]
     prompt = tokens(net.config, batch, max(1, context - count // 2), device)
     layout = None if cache == "none" else cache
-    return Decoder(net, prompt, count, cache=layout, graph=impl == "graph", granularity=1)
+    granularity = 1 if impl == "graph" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RunnerWarning)  # a runner is measured, or not, but never its fallback
+        try:
+            return Decoder(net, prompt, count, cache=layout, runner=impl, granularity=granularity)
+        except RunnerWarning as reason:
+            pytest.skip(str(reason))
 
 
 def decode(loop: Decoder) -> torch.Tensor:

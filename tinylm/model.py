@@ -270,9 +270,14 @@ class Transformer(nn.Module):
         """Logits of a batch's new tokens over what the cache holds, which they join: (B, T, V).
 
         last_only: of each row's last token (that is not padding) alone, (B, 1, V). Raises ConfigError if the
-        batch passes the model's context or the cache's room.
+        batch passes the model's context or the cache's room, and for a cache of another model or device.
         """
         self._check_span(batch.span)
+        if cache.made_for != (self.streams(), self.config.layers, self.device):
+            raise ConfigError(
+                f"the cache is for {_listed(*cache.made_for)}, the model has "
+                f"{_listed(self.streams(), self.config.layers, self.device)}: make the cache with model.new_cache()"
+            )
         plan = cache.plan(batch)
         residual, rotation = self._enter(batch.tokens, batch.positions)
         for layer, block in enumerate(self.blocks):
@@ -384,6 +389,11 @@ class Transformer(nn.Module):
         masked = masked or (tokens > 1 and context > 0)
         mask = torch.ones(batch, 1, tokens, span, dtype=torch.bool, device=self.device) if masked else None
         return sdpa_backend(q.transpose(1, 2), kv, kv, mask=mask, is_causal=not masked and tokens > 1)
+
+
+def _listed(streams: tuple[Stream, ...], layers: int, device: torch.device) -> str:
+    widths = ", ".join(f"{stream.name} of {stream.heads} x {stream.width}" for stream in streams)
+    return f"{layers} layers with {widths} on {device}"
 
 
 def _last(residual: Residual) -> Residual:

@@ -45,7 +45,10 @@ class DenseCache:
             for name, heads, width in map(astuple, streams)
         }
         self.nbytes = sum(stream.nbytes for stream in self.streams.values())
+        # Views made once: a compiler takes each layer's for a tensor of its own, which is written in place.
+        self._layers = {name: stream.unbind() for name, stream in self.streams.items()}
         self._rows = torch.arange(batch, device=device)[:, None]
+        self.made_for = (tuple(streams), layers, self._rows.device)
 
     def plan(self, batch: Batch) -> DensePlan:
         """Raises ConfigError if the batch does not fit."""
@@ -78,7 +81,7 @@ class DenseCache:
         return kernel(q, keys.to(q.dtype), values.to(q.dtype), mask=plan.mask, is_causal=plan.is_causal)
 
     def _update(self, name: str, layer: int, new: Tensor, plan: DensePlan) -> Tensor:
-        stored = self.streams[name][layer]  # (B, H_kv, context, D)
+        stored = self._layers[name][layer]  # (B, H_kv, context, D)
         if isinstance(plan.write, slice):
             stored[:, :, plan.write] = new
         else:

@@ -67,6 +67,7 @@ Kernel = Callable[..., Tensor]
 class Cache(Protocol):
     """Where keys and values live. Planned once a step, used once a layer."""
 
+    made_for: tuple[tuple[Stream, ...], int, torch.device]  # what a token stores in a layer, layers, where
     dtype: torch.dtype
     nbytes: int
 

@@ -6,6 +6,7 @@ load what they need of the optional packages when they are used; the names below
 
 from tinylm.generate.decoder import Decoder, generate, prefill
 from tinylm.generate.rows import complete, stream
+from tinylm.generate.runners import RUNNERS, RunnerWarning
 from tinylm.generate.sampling import Noise, Sampling, select
 
-__all__ = ["Decoder", "Noise", "Sampling", "complete", "generate", "prefill", "select", "stream"]
+__all__ = ["RUNNERS", "Decoder", "Noise", "RunnerWarning", "Sampling", "complete", "generate", "prefill", "select", "stream"]

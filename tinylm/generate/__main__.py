@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tinylm.config import CheckpointError, ConfigError
 from tinylm.generate.decoder import Decoder
 from tinylm.generate.prompts import pad
 from tinylm.generate.rows import stream
+from tinylm.generate.runners import RunnerWarning, choose
 from tinylm.generate.sampling import Sampling
 from tinylm.generate.text import TextModel, TextStream, load
 
@@ -60,8 +62,8 @@ class Options:
     """Of the weights and the cache."""
     cache: Literal["dense", "none"] = "dense"
     """Where keys and values live; none: the whole text is computed again for each token."""
-    graph: bool = False
-    """Decode by CUDA graphs, captured before the first token."""
+    runner: str = "eager"
+    """How steps are launched: eager; graph, on a GPU; compile, which takes long before the first token."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -88,8 +90,7 @@ def run(options: Options) -> int:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: expected at least 1")
     device = choose_device(options.device)
-    if options.graph and device.type != "cuda":
-        raise ConfigError(f"--graph on {device}: CUDA graphs need a GPU; leave it out")
+    choose(options.runner, device.type)
     prompts = read_prompts(options)
     source = load(options.checkpoint, device=device, dtype=DTYPES.get(options.dtype), which=options.which)
     rows = [source.encode(prompt) for prompt in prompts]
@@ -99,16 +100,20 @@ def run(options: Options) -> int:
 
     started = time.perf_counter()
     tokens, lengths = pad(rows)
-    decoder = Decoder(
-        source.model,
-        tokens,
-        max(limits) - 1,
-        lengths=lengths,
-        cache=None if options.cache == "none" else options.cache,
-        graph=options.graph,
-        sampling=sampling,
-        vocab_size=source.tokenizer.vocab_size,
-    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RunnerWarning)
+        decoder = Decoder(
+            source.model,
+            tokens,
+            max(limits) - 1,
+            lengths=lengths,
+            cache=None if options.cache == "none" else options.cache,
+            runner=options.runner,
+            sampling=sampling,
+            vocab_size=source.tokenizer.vocab_size,
+        )
+    for warning in told:
+        tell(str(warning.message))
     ready = time.perf_counter()
     counts, interrupted = speak(source, decoder, rows, source.ends if options.stop else frozenset())
     ended = time.perf_counter()

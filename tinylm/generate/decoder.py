@@ -1,4 +1,4 @@
-"""The decode loop: prefill, then a token at a time, with a cache or without one, eagerly or as CUDA graphs.
+"""Prefill, then a token at a time, with a cache or without one, by a runner of `tinylm.generate.runners`.
 
 Shapes: B rows, T prompt tokens of the longest row, V vocab_size. Rows of different lengths are aligned on the
 left: row b is its first lengths[b] tokens and then padding, which causality hides where there is no cache, and
@@ -8,7 +8,6 @@ the lengths of the rows where there is one. So every row has the positions, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,8 +15,10 @@ from torch import Tensor
 
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError
+from tinylm.generate.loop import Loop
 from tinylm.generate.prompts import check_prompts, check_room
-from tinylm.generate.sampling import Noise, Sampling, select
+from tinylm.generate.runners import choose, start
+from tinylm.generate.sampling import Sampling
 from tinylm.model import Transformer
 
 
@@ -30,11 +31,19 @@ def prefill(
     lengths: Sequence[int] | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Puts prompts (B, T) into an empty cache, `chunk` tokens at a time (None: at once).
+    """Puts prompts (B, T) int64, on any device, into an empty cache, `chunk` tokens at a time (None: at once).
 
     lengths: of each row, the longest being T; None: all have T. Returns the logits of each row's last token,
-    (B, 1, V). Raises ConfigError if the prompts pass the model's context or the cache's room.
+    (B, 1, V). Raises ConfigError, before anything is computed, for what is no prompt of the model, and for a
+    cache of another model or device or without the room. A prompt on a GPU is waited for, to see that its ids
+    are tokens.
     """
+    check_prompts(model, tokens, lengths)
+    return _fill(model, tokens.to(model.device), cache, lengths, chunk)
+
+
+def _fill(model: Transformer, tokens: Tensor, cache: Cache, lengths: Sequence[int] | None, chunk: int | None) -> Tensor:
+    """`prefill` of prompts that were checked, on the model's device."""
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk is {chunk}: expected at least 1 token")
     width = tokens.shape[1]
@@ -65,7 +74,7 @@ def generate(
     max_new_tokens: int,
     *,
     cache: str | None = "dense",
-    graph: bool = False,
+    runner: str = "eager",
     sampling: Sampling | None = None,
     chunk: int | None = None,
 ) -> Tensor:
@@ -77,28 +86,30 @@ def generate(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     check_prompts(model, tokens)
     check_room(model, tokens.shape[1], max_new_tokens)
-    decoder = Decoder(model, tokens, max_new_tokens - 1, cache=cache, graph=graph, sampling=sampling, chunk=chunk)
+    decoder = Decoder(model, tokens, max_new_tokens - 1, cache=cache, runner=runner, sampling=sampling, chunk=chunk)
     rest = decoder.run(max_new_tokens - 1)
     return torch.cat((tokens.to(rest.device), decoder.first, rest), dim=1)
 
 
 class Decoder:
-    """A decode loop made ready: prompt prefilled, first token chosen, buffers allocated, graphs captured.
+    """A decode loop made ready: prompt prefilled, first token chosen, buffers allocated, steps compiled, captured.
 
     What is left, `run`, is the work to time: each of its tokens is one pass of the model and one choice, and
     nothing waits for the host. `cache=None` is the honest baseline: it recomputes the whole prefix for every
     token, but projects only the last position to the vocabulary.
 
-    static: steps read their place from device buffers and treat the prefix as padded to a multiple of
-    `granularity` (with a cache, a mask hides the padding; without one, causality does), so that one sequence
-    of kernels serves `granularity` tokens. granularity=1 needs no padding and no mask: SDPA's flash kernels,
-    at a graph per token. graph: static, and captured as one CUDA graph per padded length.
+    runner: a row of `RUNNERS`: `eager`; `graph`, CUDA graphs; `compile`, torch.compile, which takes long at the
+    first decoder of a shape, and CUDA graphs where there is a GPU. One that turns out not to run here gives way to
+    its fallback, with a RunnerWarning; the attribute `runner` names what decodes.
+
+    granularity: steps treat a prefix as padded to a multiple of so many tokens; None: as the runner likes. See
+    the runners' files.
 
     Prompts may be ragged: `lengths`. A row whose text reaches the model's context before the others' stays
     there: what it gives from then on means nothing.
 
-    Raises ConfigError if the shortest prompt and max_new pass the model's context, for graph off a GPU, and
-    for a cache layout, prompt or granularity that cannot be.
+    Raises ConfigError if the shortest prompt and max_new pass the model's context, for a runner that is unknown
+    or not for the model's device, and for a cache layout, prompt or granularity that cannot be.
     """
 
     @torch.inference_mode()
@@ -110,57 +121,59 @@ class Decoder:
         *,
         lengths: Sequence[int] | None = None,  # row b's prompt is tokens[b, :lengths[b]]; None: all of T tokens
         cache: str | None = "dense",
-        graph: bool = False,
-        static: bool = False,
-        granularity: int = 16,
+        runner: str = "eager",
+        granularity: int | None = None,
         sampling: Sampling | None = None,
         chunk: int | None = None,  # prefill this many tokens at a time; None: all
         vocab_size: int | None = None,  # ids from here on are never chosen (a padded vocabulary); None: the model's
     ) -> None:
-        device = model.device
-        if graph and device.type != "cuda":
-            raise ConfigError(f"graph=True with a model on {device}: move the model to a CUDA device, or drop graph")
+        granularity = choose(runner, model.device.type).granularity if granularity is None else granularity
         if granularity < 1:
             raise ConfigError(f"granularity is {granularity}: expected at least 1 token")
         check_prompts(model, tokens, lengths)
         self.lengths = list(lengths) if lengths is not None else [tokens.shape[1]] * len(tokens)
         check_room(model, min(self.lengths), max_new)
-        self.model, self.max_new, self.granularity = model, max_new, granularity
-        self.sampling = sampling or Sampling()
-        self.static = static or graph
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.prompt_tokens = max(self.lengths)  # of the longest row
-        self.ragged = min(self.lengths) < self.prompt_tokens
-        last = self.prompt_tokens + max_new
-        self._passing = last > model.config.context  # then it is the longer ones of ragged rows that pass
-        tokens = tokens[:, : self.prompt_tokens].to(device)
-        # One more than the context, for the token that is chosen last and never read.
-        self.ids = torch.zeros(len(tokens), max(last, self._bucket(last)) + 1, dtype=torch.int64, device=device)
-        self.ids[:, : self.prompt_tokens] = tokens
-        self._places = torch.arange(last + 1, device=device)
-        self._first = torch.tensor(self.lengths, device=device)[:, None]  # the place of each row's first new token
-        self._position = self._first.clone()  # of the newest token, for static steps
-        self._noise: Noise | None = None
-        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        if self.sampling.temperature > 0:
-            self._noise = Noise(self.sampling.seeds(len(tokens)), self.vocab_size, device)
-        self.cache = None if cache is None else model.new_cache(cache, batch=len(tokens), context=self._bucket(last))
+        self.model, self.max_new = model, max_new
+        tokens = tokens[:, : max(self.lengths)].to(model.device)
+        self.loop = loop = Loop(
+            model,
+            tokens,
+            self.lengths,
+            max_new,
+            cache=cache,
+            granularity=granularity,
+            sampling=sampling or Sampling(),
+            vocab_size=min(vocab_size or model.config.vocab_size, model.config.vocab_size),
+        )
+        self._places = torch.arange(max_new + 1, device=model.device)
         with _evaluating(model):
-            if self.cache is None:
-                logits = model(tokens, last_index=self._first[:, 0] - 1)
+            if loop.cache is None:
+                logits = model(tokens, last_index=loop.first[:, 0] - 1)
             else:
-                rows = self.lengths if self.ragged else None
-                logits = prefill(model, tokens, self.cache, lengths=rows, chunk=chunk)
-            self.ids.scatter_(1, self._first, self._select(logits, self._first))
-            self.rewind()
-            if graph:
-                self._capture()
+                logits = _fill(model, tokens, loop.cache, self.lengths if loop.ragged else None, chunk)
+            loop.begin(logits)
+            self.runner, self._runner = start(runner, loop)
+        self.rewind()
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, at least T + max_new + 1): each row's prompt, and after it what was decoded."""
+        return self.loop.ids
+
+    @property
+    def cache(self) -> Cache | None:
+        return self.loop.cache
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the longest row."""
+        return self.loop.prompt_tokens
 
     @property
     def first(self) -> Tensor:
         """The token that prefill chose, (B, 1)."""
         with torch.inference_mode(False):
-            return self.ids.gather(1, self._first)
+            return self.loop.ids.gather(1, self.loop.first)
 
     @torch.inference_mode()
     def run(self, tokens: int) -> Tensor:
@@ -168,102 +181,20 @@ class Decoder:
 
         Raises ConfigError past max_new since rewind.
         """
-        done = self._known - self.prompt_tokens
+        done = self._done
         if not 0 <= tokens <= self.max_new - done:
             raise ConfigError(f"run({tokens}) after {done} of max_new={self.max_new} tokens: give fewer, or rewind")
-        first = self._known + 1
         with _evaluating(self.model):
-            for length in range(first, first + tokens):
-                self._advance(length)
-        self._known += tokens
+            self._runner.advance(self.prompt_tokens + done, tokens)
+        self._done += tokens
         with torch.inference_mode(False):
-            return self.ids.gather(1, self._first + self._places[done + 1 : done + 1 + tokens])
+            return self.loop.ids.gather(1, self.loop.first + self._places[done + 1 : done + 1 + tokens])
 
     @torch.inference_mode()
     def rewind(self) -> None:
         """Back to the state right after prefill: the next run does the same work with the same result."""
-        self._known = self.prompt_tokens  # the longest row's newest token, which no pass has read yet
-        self._position.copy_(self._first)
-
-    def _select(self, logits: Tensor, places: Tensor) -> Tensor:
-        """The tokens (B, 1) that come at places (B, 1) or (1,), of the logits (B, 1, V) before them."""
-        noise = None if self._noise is None else self._noise.at(places)
-        return select(logits[:, -1, : self.vocab_size], self.sampling, noise)[:, None]
-
-    def _bucket(self, length: int) -> int:
-        """What a prefix of this length is padded to, within the model's context."""
-        if self.static:
-            length = -(-length // self.granularity) * self.granularity
-        return min(length, self.model.config.context)
-
-    def _advance(self, length: int) -> None:
-        """One more token after `length` known ones of the longest row."""
-        if self._graphs:
-            self._graphs[self._bucket(length)].replay()
-        elif self.static or self.ragged:
-            self._static_step(self._bucket(length))
-        else:
-            self._eager_step(length)
-
-    def _eager_step(self, length: int) -> None:
-        known = self.ids[:, :length]
-        if self.cache is None:
-            logits = self.model(known, last_only=True)
-        else:
-            position = self._places[length - 1 : length].expand(len(known), 1)
-            lengths = self._places[length].expand(len(known))
-            batch = Batch(known[:, -1:], position, lengths, span=length, uniform=True)
-            logits = self.model.step(batch, self.cache)
-        self.ids[:, length : length + 1] = self._select(logits, self._places[length : length + 1])
-
-    def _static_step(self, span: int) -> None:
-        """The same from device buffers alone, for any prefixes that fit `span`: what a graph captures."""
-        position = self._position
-        place = position.clamp(max=self.model.config.context - 1) if self._passing else position
-        if self.cache is None:
-            logits = self.model(self.ids[:, :span], last_index=place[:, 0])
-        else:
-            newest = self.ids.gather(1, position)
-            uniform = self.granularity == 1 and not self.ragged
-            logits = self.model.step(Batch(newest, place, place[:, 0] + 1, span=span, uniform=uniform), self.cache)
-        # In place, and last: the pass above still reads the old position.
-        position += 1
-        self.ids.scatter_(1, position, self._select(logits, position))
-
-    def _capture(self) -> None:
-        """One graph per bucket, largest first, so that the smaller ones fit into the memory pool it leaves.
-
-        Sharing one pool is safe in any order of replay: no result lives in it, each goes to ids, position or
-        cache.
-        """
-        known = range(self.prompt_tokens + 1, self.prompt_tokens + self.max_new + 1)
-        spans = sorted({self._bucket(length) for length in known}, reverse=True)
-        device = self.model.device
-        with torch.cuda.device(device):
-            stream, pool = _side_stream(device), torch.cuda.graph_pool_handle()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                # Before, since a capture must meet nothing that is made at its first use (tables, plans,
-                # compiled kernels). From the prompt's end, which is within every span; what a pass writes is
-                # overwritten later.
-                for span in spans:
-                    self.rewind()
-                    self._static_step(span)
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize()
-            for span in spans:
-                graph = torch.cuda.CUDAGraph()
-                # thread_local: a thread that reads telemetry meanwhile does not spoil the capture
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self._static_step(span)
-                self._graphs[span] = graph
-        self.rewind()
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all decoders: cuBLAS keeps a workspace for each stream that it ever met.
-    return torch.cuda.Stream(device)
+        self._done = 0  # tokens since `first`
+        self.loop.rewind()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,66 @@
+"""Each step one CUDA graph: a single launch, whatever the number of kernels.
+
+SDPA reads a span of the cache that is fixed when the graph is captured, so there is a graph for each padded
+length. granularity 16: a mask hides the padding, and a graph serves 16 tokens. 1: no padding and no mask, which
+SDPA's fastest kernels ask for, at a graph per token; a graph of a 6-layer model takes some ms to capture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+
+from tinylm.generate.loop import Loop
+
+
+class Graph:
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    granularity: ClassVar[int] = 16
+    fallback: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, exact = loop, loop.granularity == 1 and not loop.ragged
+        steps = [functools.partial(loop.step, span, exact) for span in loop.spans]
+        self._graphs = dict(zip(loop.spans, capture(loop, steps), strict=True))
+
+    def advance(self, known: int, tokens: int) -> None:
+        for length in range(known + 1, known + tokens + 1):
+            self._graphs[self._loop.padded(length)].replay()
+
+
+def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
+    """A graph of each step, the largest first, so that the smaller ones fit into the memory pool it leaves.
+
+    Sharing one pool is safe in any order of replay: no result lives in it, each goes to the loop's buffers or
+    to its cache.
+    """
+    device = loop.model.device
+    graphs = []
+    with torch.cuda.device(device):
+        stream, pool = _side_stream(device), torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Before, since a capture must meet nothing that is made at its first use (tables, plans,
+            # compiled kernels). From the prompt's end, which is within every span; what a pass writes is
+            # overwritten later.
+            for step in steps:
+                loop.rewind()
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for step in steps:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: a thread that reads telemetry meanwhile does not spoil the capture
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+            graphs.append(graph)
+    return graphs
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all decoders: cuBLAS keeps a workspace for each stream that it ever met.
+    return torch.cuda.Stream(device)
