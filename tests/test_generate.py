@@ -6,19 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import rows as rows
 from strategies import configs
 from torch import Tensor
 
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError, ModelConfig, preset
 from tinylm.generate import Decoder, Sampling, generate, prefill
-from tinylm.generate import decoder as decoder_module
+from tinylm.generate import runners
+from tinylm.generate.loop import Loop
+from tinylm.generate.runners import graph as graph_module
 from tinylm.model import Transformer
 
+pytestmark = pytest.mark.usefixtures("rows")
 PATHS: list[dict[str, Any]] = [
-    {"cache": cache, **static}
+    {"cache": cache, **runner}
     for cache in ("dense", None)
-    for static in ({}, {"static": True, "granularity": 1}, {"static": True, "granularity": 4})
+    for runner in ({}, {"runner": "uncaptured", "granularity": 1}, {"runner": "uncaptured", "granularity": 4})
 ]
 
 
@@ -65,7 +69,7 @@ def test_every_path_chooses_the_tokens_of_the_definition(
     expected = naive(model, tokens, new)
     for cache in ("dense", None):
         assert torch.equal(generate(model, tokens, new, cache=cache, chunk=chunk), expected)
-        decoder = Decoder(model, tokens, new, cache=cache, static=True, granularity=granularity, chunk=chunk)
+        decoder = Decoder(model, tokens, new, cache=cache, runner="uncaptured", granularity=granularity, chunk=chunk)
         assert torch.equal(torch.cat((tokens, decoder.first, decoder.run(new - 1)), 1), expected)
 
 
@@ -135,10 +139,10 @@ class Spy(Transformer):
     ("path", "prefilled", "decoded"),
     [
         ({}, ("step", 5, 5, False, 1), [("step", 1, n, False, 1) for n in (6, 7, 8, 9)]),
-        ({"static": True, "granularity": 1}, None, [("step", 1, n, False, 1) for n in (6, 7, 8, 9)]),
-        ({"static": True, "granularity": 4}, None, [("step", 1, n, True, 1) for n in (8, 8, 8, 10)]),
+        ({"runner": "uncaptured", "granularity": 1}, None, [("step", 1, n, False, 1) for n in (6, 7, 8, 9)]),
+        ({"runner": "uncaptured", "granularity": 4}, None, [("step", 1, n, True, 1) for n in (8, 8, 8, 10)]),
         ({"cache": None}, ("forward", 5, 1), [("forward", n, 1) for n in (6, 7, 8, 9)]),
-        ({"cache": None, "static": True, "granularity": 4}, None, [("forward", n, 1) for n in (8, 8, 8, 10)]),
+        ({"cache": None, "runner": "uncaptured", "granularity": 4}, None, [("forward", n, 1) for n in (8, 8, 8, 10)]),
     ],
 )
 def test_a_path_does_the_work_it_says(
@@ -183,13 +187,13 @@ def test_run_never_waits_for_the_device(
 @pytest.mark.parametrize("cache", ["dense", None])
 def test_a_static_step_works_on_the_same_memory_whatever_the_position(cache: str | None) -> None:
     """What a graph's replay presumes: no buffer is replaced, and a span's step fits each position in it."""
-    decoder = Decoder(nano(), prompt(1, 3), 12, cache=cache, static=True, granularity=16)
-    buffers = (decoder.ids, decoder._position)
+    decoder = Decoder(nano(), prompt(1, 3), 12, cache=cache, runner="uncaptured", granularity=16)
+    buffers = (decoder.loop.ids, decoder.loop.position)
     addresses = [buffer.data_ptr() for buffer in buffers]
     decoder.run(12)
-    assert [buffer.data_ptr() for buffer in (decoder.ids, decoder._position)] == addresses
-    assert decoder.ids is buffers[0] and decoder._position is buffers[1]
-    assert int(decoder._position) == 3 + 12
+    assert [buffer.data_ptr() for buffer in (decoder.loop.ids, decoder.loop.position)] == addresses
+    assert decoder.loop.ids is buffers[0] and decoder.loop.position is buffers[1]
+    assert int(decoder.loop.position) == 3 + 12
 
 
 class Graph:
@@ -214,18 +218,17 @@ def test_captured_buckets_are_each_captured_once_and_replayed_in_turn(
     """The whole of the capturing path, with a stand-in for CUDA's part."""
     sampling = Sampling(temperature=1.0, seed=5)
     expected = Decoder(nano(), prompt(), 20, cache=cache, sampling=sampling).run(20)
-    decoder = Decoder(nano(), prompt(), 20, cache=cache, sampling=sampling, static=True, granularity=8)
     captured: list[tuple[str, int]] = []
-    steps = decoder._static_step
+    steps = Loop.step
     current: list[Graph | None] = [None]
 
-    def step(span: int) -> None:
+    def step(loop: Loop, span: int, exact: bool = False) -> None:
         graph = current[0]
         captured.append(("warm" if graph is None else "capture", span))
         if graph is None:
-            steps(span)
+            steps(loop, span, exact)
         else:  # a capture records and does not run
-            graph.work = lambda: steps(span)  # type: ignore[method-assign]
+            graph.work = lambda: steps(loop, span, exact)  # type: ignore[method-assign]
 
     class Capture:
         def __init__(self, graph: Graph, *, pool: Any, stream: Any, capture_error_mode: str) -> None:
@@ -248,8 +251,9 @@ def test_captured_buckets_are_each_captured_once_and_replayed_in_turn(
             pass
 
     cuda = torch.cuda
-    monkeypatch.setattr(decoder, "_static_step", step)
-    monkeypatch.setattr(decoder_module, "_side_stream", lambda device: Stream())
+    monkeypatch.setattr(Loop, "step", step)
+    monkeypatch.setattr(graph_module, "_side_stream", lambda device: Stream())
+    monkeypatch.setattr(runners.Graph, "devices", ("cpu",))
     for name, stand_in in {
         "CUDAGraph": Graph,
         "graph": Capture,
@@ -260,13 +264,13 @@ def test_captured_buckets_are_each_captured_once_and_replayed_in_turn(
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(cuda, name, stand_in)
-    with torch.inference_mode():
-        decoder._capture()
+    decoder = Decoder(nano(), prompt(), 20, cache=cache, sampling=sampling, runner="graph", granularity=8)
     # A prompt of 5 and 20 more: prefixes of 6 to 25.
     spans = [32, 24, 16, 8]
     assert captured == [("warm", s) for s in spans] + [("capture", s) for s in spans]
     assert torch.equal(decoder.run(20), expected), "neither warm-up nor capture left a trace"
-    graphs: dict[int, Any] = dict(decoder._graphs)
+    assert isinstance(decoder._runner, runners.Graph)
+    graphs: dict[int, Any] = dict(decoder._runner._graphs)
     assert {span: graph.replays for span, graph in graphs.items()} == {32: 1, 24: 8, 16: 8, 8: 3}
     decoder.rewind()
     assert torch.equal(decoder.run(20), expected)
@@ -281,7 +285,7 @@ def test_graphs_on_a_gpu_choose_the_tokens_of_the_eager_path(
 ) -> None:
     model = nano().double().cuda()
     expected = Decoder(model, prompt().cuda(), 40, sampling=sampling).run(40)
-    decoder = Decoder(model, prompt().cuda(), 40, cache=cache, graph=True, granularity=granularity, sampling=sampling)
+    decoder = Decoder(model, prompt().cuda(), 40, cache=cache, runner="graph", granularity=granularity, sampling=sampling)
     for _ in range(2):
         assert torch.equal(decoder.run(40), expected)
         decoder.rewind()
@@ -304,7 +308,6 @@ def test_what_cannot_be_is_an_error_in_one_line() -> None:
         (lambda: generate(model, tokens + 512, 2), "0 to 511"),
         (lambda: Decoder(model, tokens, 2, granularity=0), "granularity is 0"),
         (lambda: Decoder(model, tokens, 2).run(3), r"run\(3\) after 0 of max_new=2"),
-        (lambda: Decoder(model, tokens, 2, graph=True), "model on cpu.*CUDA"),
         (lambda: Decoder(model, prompt(2, 17), 0), "prompt of 17 tokens.*context of 16"),
         (lambda: Decoder(model, tokens, 2, lengths=[10]), r"lengths \[10\] of 2 prompts"),
         (lambda: Decoder(model, tokens, 2, lengths=[0, 10]), "from 1 to 10"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import rows as rows
 from strategies import configs
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from tinylm.generate import Decoder, Sampling, complete, prefill, stream
 from tinylm.generate.prompts import pad
 from tinylm.model import Transformer
 
+pytestmark = pytest.mark.usefixtures("rows")
 CONTEXT = 24  # of what `configs` draws
 samplings = st.just(Sampling()) | st.builds(
     Sampling,
@@ -27,7 +29,7 @@ samplings = st.just(Sampling()) | st.builds(
 paths: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "cache": st.sampled_from(["dense", None]),
-        "static": st.booleans(),
+        "runner": st.sampled_from(["eager", "uncaptured"]),
         "granularity": st.integers(1, 7),
         "chunk": st.none() | st.integers(1, 4),
     }
@@ -169,7 +171,7 @@ def test_a_row_ends_before_its_first_stop_and_the_others_go_on(
         assert rows[row] == ids[: next((at for at, id in enumerate(ids) if id in stop), new)]
 
 
-@pytest.mark.parametrize("path", [{}, {"cache": None}, {"static": True}, {"static": True, "granularity": 1}])
+@pytest.mark.parametrize("path", [{}, {"cache": None}, {"runner": "uncaptured"}, {"runner": "uncaptured", "granularity": 1}])
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_each_row_fills_the_context_and_then_keeps_quiet(path: dict[str, Any], every: int) -> None:
     """The longer rows stop at the context; the shortest goes on to it with unspoilt tokens."""
@@ -239,7 +241,7 @@ def test_graphs_on_a_gpu_give_ragged_rows_the_tokens_of_the_cpu(cache: str | Non
     tokens, lengths = pad(prompts)
     for sampling in (Sampling(), Sampling(1.0, top_k=50, top_p=0.9, seed=1)):
         expected = list(stream(Decoder(model.cpu(), tokens, 58, lengths=lengths, sampling=sampling), every=8))
-        options: dict[str, Any] = {"cache": cache, "graph": True, "granularity": granularity, "sampling": sampling}
+        options: dict[str, Any] = {"cache": cache, "runner": "graph", "granularity": granularity, "sampling": sampling}
         decoder = Decoder(model.cuda(), tokens.cuda(), 58, lengths=lengths, **options)
         for _ in range(2):
             assert list(stream(decoder, every=8)) == expected

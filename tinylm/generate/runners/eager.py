@@ -16,5 +16,6 @@ class Eager:
         self._loop = loop
 
     def advance(self, known: int, tokens: int) -> None:
+        loop = self._loop
         for length in range(known + 1, known + tokens + 1):
-            self._loop.step(length, exact=not self._loop.ragged)
+            loop.step(min(length, loop.model.config.context), exact=not loop.ragged)

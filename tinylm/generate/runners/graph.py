@@ -16,21 +16,6 @@ import torch
 from tinylm.generate.loop import Loop
 
 
-class Graph:
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    granularity: ClassVar[int] = 16
-    fallback: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop, exact = loop, loop.granularity == 1 and not loop.ragged
-        steps = [functools.partial(loop.step, span, exact) for span in loop.spans]
-        self._graphs = dict(zip(loop.spans, capture(loop, steps), strict=True))
-
-    def advance(self, known: int, tokens: int) -> None:
-        for length in range(known + 1, known + tokens + 1):
-            self._graphs[self._loop.padded(length)].replay()
-
-
 def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
     """A graph of each step, the largest first, so that the smaller ones fit into the memory pool it leaves.
 
@@ -58,6 +43,22 @@ def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> list[torch.cuda.
                 step()
             graphs.append(graph)
     return graphs
+
+
+class Graph:
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    granularity: ClassVar[int] = 16
+    fallback: ClassVar[dict[str, str]] = {}
+    capture = staticmethod(capture)
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, exact = loop, loop.granularity == 1 and not loop.ragged
+        steps = [functools.partial(loop.step, span, exact) for span in loop.spans]
+        self._graphs = dict(zip(loop.spans, self.capture(loop, steps), strict=True))
+
+    def advance(self, known: int, tokens: int) -> None:
+        for length in range(known + 1, known + tokens + 1):
+            self._graphs[self._loop.padded(length)].replay()
 
 
 @functools.cache
