@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -34,10 +35,12 @@ class Compile:
         span = loop.spans[0]
         step = _compiled(self.backend, loop.model.device.type, span, _shape(loop))
         self._step: Callable[[], Any] = functools.partial(step, loop, span)
-        try:
-            self._step()  # compiles
-        except Exception as error:  # whatever stops a compiler is a reason to tell, and no reason to end
-            raise Unable(_told(error)) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler warns of what torch itself does
+            try:
+                self._step()  # compiles
+            except Exception as error:  # whatever stops a compiler is a reason to tell, and no reason to end
+                raise Unable(_told(error)) from None
         if loop.model.device.type == "cuda":
             self._step = capture(loop, [self._step])[0].replay
 
