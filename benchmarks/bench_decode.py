@@ -1,20 +1,33 @@
-"""Tokens per second: prefill of a prompt, and decode with a dense cache, per preset and batch size."""
+"""Tokens per second: prefill of a prompt, and decode with a dense cache, per preset, batch size and runner.
 
+`prefill` is a prompt from the host to its first token on the host, so that its time is the time to first token.
+`decode` is the likeliest token each time, by every runner; `hf` is transformers' Llama on the same weights.
+"""
+
+import pytest
 import torch
 
-from benchmarks import inputs
+from benchmarks import inputs, peers
 from tinylm.bench import cells
-from tinylm.bench.proof import against
-from tinylm.generate import prefill
+from tinylm.bench.proof import CheckFailed, against
+from tinylm.generate import RUNNERS, prefill
+
+PEERS = ["hf"]
+
+
+def decode(preset, dtype, batch, context, impl):
+    axes = {"preset": [preset], "dtype": dtype, "batch": batch, "context": context}
+    return {"phase": ["decode"], **axes, "impl": impl}
 
 
 def grid(preset, dtype, batch, context):
     """Prefill runs eagerly; decode eagerly and, on a GPU, from CUDA graphs."""
-    axes = {"preset": [preset], "dtype": dtype, "batch": batch, "context": context}
-    return [
-        {"phase": ["prefill"], **axes, "impl": ["eager"]},
-        {"phase": ["decode"], **axes, "impl": ["eager", "graph"]},
-    ]
+    loops = decode(preset, dtype, batch, context, ["eager", "graph"])
+    return [loops | {"phase": ["prefill"], "impl": ["eager"]}, loops]
+
+
+def filled(preset, dtype, context):
+    return decode(preset, dtype, [1], [context], ["eager"]) | {"phase": ["prefill"]}
 
 
 @cells(
@@ -26,54 +39,105 @@ def grid(preset, dtype, batch, context):
         *grid("tiny", ["fp32"], [1, 8], [128]),
     ],
     laptop=[
+        *grid("tiny", ["bf16"], [1], [128]),
         *grid("tiny", ["bf16"], [1, 16], [1024]),
         *grid("tiny", ["fp16"], [1], [1024]),
         *grid("small", ["bf16"], [1], [1024]),
+        *grid("shakespeare-10m", ["bf16"], [1], [128]),
         *grid("stories-17m", ["bf16"], [1], [128]),
     ],
     desktop=[
+        *grid("tiny", ["bf16"], [1], [4096]),
         *grid("small", ["bf16"], [16], [1024]),
         *grid("gpt2-124m", ["bf16"], [1, 16], [512]),
+        filled("small", ["bf16"], 4096),
     ],
     datacenter=[
         *grid("small", ["bf16"], [64], [1024]),
         *grid("llama-3-8b", ["bf16"], [1, 16], [1024]),
+        filled("llama-3-8b", ["bf16"], 4096),
     ],
 )
 def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
     config = inputs.shape(preset, context + inputs.DECODED[device])
     net = inputs.model(config, dtype, device)
     if phase == "decode":
-        measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, 1, context - 1)
-        measure(
-            inputs.decode,
-            inputs=lambda: (inputs.decoder(net, batch, context, cache="dense", impl=impl),),
-            check=inputs.decode_check(net),
-            timing="host",
-            units=inputs.DECODED[device],
-            **inputs.step_work(net, batch, context, "dense"),
-        )
+        loop(measure, device, net, batch, context, lambda: (inputs.decoder(net, batch, context, impl=impl),))
         return
 
-    def fill(prompt, cache):
-        return prefill(net, prompt, cache)
+    def first_token(prompt, cache):
+        logits = prefill(net, prompt, cache)
+        return logits, logits.argmax(-1).cpu()
 
     def reference(prompt, cache):
         """Without a cache, row by row."""
         with torch.inference_mode():
-            return torch.cat([net(row[None], last_only=True) for row in prompt])
+            return torch.cat([net(row[None].to(device), last_only=True) for row in prompt])
+
+    # As in inputs.decode_check, of whole logits: their deviation is their norm.
+    near = against(reference, 4 * torch.finfo(net.dtype).eps * (2 * config.layers) ** 0.5)
+
+    def check(result, prompt, cache):
+        logits, token = result
+        if not torch.equal(token, logits.argmax(-1).cpu()):
+            raise CheckFailed("the first token is not the likeliest by the logits")
+        return near(logits, prompt, cache)
 
     measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, context)
     measure(
-        fill,
+        first_token,
         inputs=lambda: (
-            inputs.tokens(config, batch, context, device),
+            inputs.tokens(config, batch, context, "cpu"),
             net.new_cache(batch=batch, context=context),
         ),
-        # As in inputs.decode_check, of whole logits: their deviation is their norm.
-        check=against(reference, 4 * torch.finfo(net.dtype).eps * (2 * config.layers) ** 0.5),
+        check=check,
         timing="host",
         tokens=batch * context,
         flops=net.flops(batch, context, last_only=True),
         bytes=inputs.weight_bytes_read(net) + net.kv_bytes(batch, context),
+    )
+
+
+@cells(
+    choices={**inputs.CHOICES, "phase": ["decode"], "impl": [*RUNNERS, *PEERS]},
+    refuse=inputs.refuse,
+    seconds={"cuda": 45.0, "cpu": 20.0},
+    quick=[decode("tiny", ["fp32"], [1], [128], ["compile"])],
+    laptop=[
+        decode("tiny", ["bf16"], [1], [128, 1024], ["compile", "hf"]),
+        decode("tiny", ["bf16"], [16], [1024], ["compile"]),
+        decode("small", ["bf16"], [1], [1024], ["compile", "hf"]),
+        decode("shakespeare-10m", ["bf16"], [1], [128], ["compile"]),
+        decode("stories-17m", ["bf16"], [1], [128], ["compile"]),
+    ],
+    desktop=[
+        decode("tiny", ["bf16"], [1], [4096], ["compile", "hf"]),
+        decode("gpt2-124m", ["bf16"], [1], [512], ["compile"]),
+    ],
+    datacenter=[decode("llama-3-8b", ["bf16"], [1], [1024], ["compile", "hf"])],
+)
+def test_compiled(measure, device, phase, preset, dtype, batch, context, impl):
+    """Decode by what compiles first, for much longer than it is then measured."""
+    net = inputs.model(inputs.shape(preset, context + inputs.DECODED[device]), dtype, device)
+    if impl not in PEERS:
+        loop(measure, device, net, batch, context, lambda: (inputs.decoder(net, batch, context, impl=impl),))
+        return
+    if reason := peers.refusal(net):
+        pytest.skip(reason)
+    count = inputs.DECODED[device]
+    peer = peers.HuggingFace(net, batch, max(1, context - count // 2), count)
+    prompt = (net.config, batch, peer.prompt_tokens, device)
+    loop(measure, device, net, batch, context, lambda: (peer.begin(inputs.tokens(*prompt)),))
+
+
+def loop(measure, device, net, batch, context, make):
+    """Measures the decode loop that `make` makes ready."""
+    measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, 1, context - 1)
+    measure(
+        inputs.decode,
+        inputs=make,
+        check=inputs.decode_check(net),
+        timing="host",
+        units=inputs.DECODED[device],
+        **inputs.step_work(net, batch, context, "dense"),
     )

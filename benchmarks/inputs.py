@@ -58,7 +58,7 @@ def tokens(config: ModelConfig, batch: int, length: int, device: str) -> torch.T
     return torch.randint(config.vocab_size, (batch, length), device=device)
 
 
-def decoder(net: Transformer, batch: int, context: int, *, cache: str, impl: str) -> Decoder:
+def decoder(net: Transformer, batch: int, context: int, *, impl: str, cache: str = "dense") -> Decoder:
     """A prefilled decode loop whose passes have a mean context of `context`, to half a token, by runner `impl`.
 
     Graphs are captured per length (granularity 1), so that neither side computes on padding; `compile` pads.

@@ -27,7 +27,7 @@ class Uncaptured(Graph):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     @staticmethod
-    def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> Sequence[Any]:
+    def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> Any:
         return [Step(step) for step in steps]
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError, ModelConfig, preset
-from tinylm.generate import Decoder, Sampling, generate, prefill
-from tinylm.generate import runners
+from tinylm.generate import Decoder, Sampling, generate, prefill, runners
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners import graph as graph_module
 from tinylm.model import Transformer
@@ -285,7 +284,9 @@ def test_graphs_on_a_gpu_choose_the_tokens_of_the_eager_path(
 ) -> None:
     model = nano().double().cuda()
     expected = Decoder(model, prompt().cuda(), 40, sampling=sampling).run(40)
-    decoder = Decoder(model, prompt().cuda(), 40, cache=cache, runner="graph", granularity=granularity, sampling=sampling)
+    decoder = Decoder(
+        model, prompt().cuda(), 40, cache=cache, runner="graph", granularity=granularity, sampling=sampling
+    )
     for _ in range(2):
         assert torch.equal(decoder.run(40), expected)
         decoder.rewind()

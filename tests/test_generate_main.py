@@ -188,6 +188,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
         (run, ["--device", "abacus"], ["--device abacus"]),
         (run, ["--device", "meta"], ["--device meta: give cpu"]),
         (run, ["--device", "mps"], ["--device mps: give cpu"]),
+        (run, ["--runner", "grahp"], ["unknown runner 'grahp': use one of eager, graph"]),
         (run, ["--runner", "graph", "--device", "cpu"], ["runner 'graph' with a model on cpu"]),
     ]
     if not torch.cuda.is_available():

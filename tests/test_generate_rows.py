@@ -171,7 +171,9 @@ def test_a_row_ends_before_its_first_stop_and_the_others_go_on(
         assert rows[row] == ids[: next((at for at, id in enumerate(ids) if id in stop), new)]
 
 
-@pytest.mark.parametrize("path", [{}, {"cache": None}, {"runner": "uncaptured"}, {"runner": "uncaptured", "granularity": 1}])
+@pytest.mark.parametrize(
+    "path", [{}, {"cache": None}, {"runner": "uncaptured"}, {"runner": "uncaptured", "granularity": 1}]
+)
 @pytest.mark.parametrize("every", [1, 5, 100])
 def test_each_row_fills_the_context_and_then_keeps_quiet(path: dict[str, Any], every: int) -> None:
     """The longer rows stop at the context; the shortest goes on to it with unspoilt tokens."""

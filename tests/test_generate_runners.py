@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import DEVICE, EACH, Traced, here
+from launched import DEVICE, EACH, Traced
 from launched import rows as rows
 from runs import text
 from scipy import stats
@@ -267,8 +267,8 @@ def test_compiling_is_over_when_the_decoder_is_made_and_is_not_repeated_for_its_
         made = len(compiled)
         assert torch.equal(decoded(decoder), naive(model, prompts_of(model, 1, 5), 21)[:, 5:])
         assert len(compiled) == made == 1
-    for rows in range(1, 11):
-        Decoder(model, prompts_of(model, rows, 5), 20, runner="traced")
+    for batch in range(1, 11):
+        Decoder(model, prompts_of(model, batch, 5), 20, runner="traced")
     assert len(compiled) == 10, "of batch 1 there was one already"
 
 
@@ -347,7 +347,10 @@ def test_prefill_refuses_what_is_no_prompt_and_the_cache_of_another_model_or_dev
         (lambda: prefill(model, prompts_of(model, 1, 17), cache), "prompt of 17 tokens"),
         (lambda: prefill(model, prompt[:, :0], cache), "not empty"),
         (lambda: prefill(model, prompt + 512, cache), "token ids"),
-        (lambda: prefill(model, prompt, of(layers=3)), r"cache is for 3 layers .*the model has 2 layers .*new_cache\(\)"),
+        (
+            lambda: prefill(model, prompt, of(layers=3)),
+            r"cache is for 3 layers .*the model has 2 layers .*new_cache\(\)",
+        ),
         (lambda: prefill(model, prompt, of(kv_heads=4)), "k of 4 x 16, v of 4 x 16 .* k of 2 x 16"),
         (lambda: prefill(model, prompt, of(head_dim=32)), "k of 2 x 32"),
         (lambda: prefill(model, prompt, elsewhere), f"on meta, the model has .* on {DEVICE}"),

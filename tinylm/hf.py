@@ -78,7 +78,7 @@ def load_hf_llama(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     stored = _stored(directory)
-    targets = _targets(config, biased)
+    targets = targets_of(config, biased)
     _check(directory, stored, targets, shapes, config.tied)
     embedding = _read(stored, EMBEDDING)
     if config.tied and HEAD in stored and not torch.equal(embedding, _read(stored, HEAD)):
@@ -119,7 +119,7 @@ def special_ids(directory: str | Path) -> tuple[list[int], int | None]:
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
-def _targets(config: ModelConfig, biased: Collection[str]) -> dict[str, Target]:
+def targets_of(config: ModelConfig, biased: Collection[str]) -> dict[str, Target]:
     """For each tensor that the checkpoint must have, where it goes."""
     rows = {
         EMBEDDING: config.vocab_size,

@@ -9,4 +9,15 @@ from tinylm.generate.rows import complete, stream
 from tinylm.generate.runners import RUNNERS, RunnerWarning
 from tinylm.generate.sampling import Noise, Sampling, select
 
-__all__ = ["RUNNERS", "Decoder", "Noise", "RunnerWarning", "Sampling", "complete", "generate", "prefill", "select", "stream"]
+__all__ = [
+    "RUNNERS",
+    "Decoder",
+    "Noise",
+    "RunnerWarning",
+    "Sampling",
+    "complete",
+    "generate",
+    "prefill",
+    "select",
+    "stream",
+]

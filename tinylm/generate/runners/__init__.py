@@ -41,5 +41,6 @@ def start(name: str, loop: Loop) -> tuple[str, Runner]:
         return name, runner(loop)
     except Unable as reason:
         instead = runner.fallback[device]
-        warnings.warn(f"runner {name!r} cannot run: {reason}; {instead!r} decodes instead", RunnerWarning, stacklevel=3)
+        told = f"runner {name!r} cannot run: {reason}; {instead!r} decodes instead"
+        warnings.warn(told, RunnerWarning, stacklevel=4)  # who made the Decoder
     return start(instead, loop)
