@@ -26,8 +26,8 @@ class HuggingFace:
         from transformers import StaticCache
 
         self.prompt_tokens, self.max_new = prompt_tokens, max_new
-        self._model = llama(net)
-        self._cache = StaticCache(config=self._model.config, max_cache_len=prompt_tokens + max_new + 1)
+        self._model: Any = llama(net)
+        self._cache: Any = StaticCache(config=self._model.config, max_cache_len=prompt_tokens + max_new + 1)
         self.ids = torch.zeros(batch, prompt_tokens + max_new + 1, dtype=torch.int64, device=net.device)
         self._step = torch.compile(self._choose, mode="reduce-overhead", fullgraph=True)
 
@@ -63,7 +63,7 @@ class HuggingFace:
 
     def _seen(self, tokens: int) -> None:
         """How many tokens the cache holds."""
-        lengths = [layer.cumulative_length for layer in self._cache.layers]
+        lengths: list[Any] = [layer.cumulative_length for layer in self._cache.layers]
         torch._foreach_zero_(lengths)
         torch._foreach_add_(lengths, tokens)
 
@@ -87,7 +87,8 @@ def llama(net: Transformer) -> Any:
         tie_word_embeddings=config.tied,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(theirs).to(net.dtype)
+        model: Any = LlamaForCausalLM(theirs)
+        model = model.to(net.dtype)
     ours = net.state_dict()
     weights = {name: ours[to.parameter][to.start : to.stop] for name, to in hf.targets_of(config, ()).items()}
     model.load_state_dict(weights, strict=not config.tied, assign=True)

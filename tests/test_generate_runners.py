@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from launched import DEVICE, EACH, Traced
 from launched import rows as rows
 from runs import text
@@ -23,6 +25,7 @@ from tinylm import checkpoint, data
 from tinylm.config import ConfigError, preset
 from tinylm.generate import RUNNERS, Decoder, RunnerWarning, Sampling, complete, prefill, runners
 from tinylm.generate.__main__ import main
+from tinylm.generate.loop import Loop
 from tinylm.model import Transformer
 from tinylm.train import TrainConfig, train
 
@@ -170,6 +173,19 @@ def test_two_generations_at_once_do_not_disturb_one_another(name: str) -> None:
         for part, decoder in zip(parts, decoders, strict=True):
             part.append(decoder.run(count))
     assert all(torch.equal(torch.cat(part, 1), run) for part, run in zip(parts, alone, strict=True))
+
+
+@given(st.integers(1, 60_000), st.integers(1, 60_000))
+def test_default_padding_of_graphs_is_an_eighth_at_most_in_a_few_dozen_steps(start: int, new: int) -> None:
+    model = Transformer.build(preset("nano", context=131_072), device="meta")
+    loop = Loop(
+        model, torch.empty(1, start, device="meta", dtype=torch.int64), [start], new, cache=None,
+        granularity=runners.Graph.granularity, sampling=Sampling(), vocab_size=512,
+    )  # fmt: skip
+    lengths = range(start + 1, start + new + 1)
+    assert all(0 <= loop.padded(n) - n < max(16, n / 8) for n in (lengths[0], lengths[-1], lengths[new // 2]))
+    assert len(loop.spans) <= 16 + 8 * 9, "16 of 16 tokens to 256, then 8 for each doubling"
+    assert all(loop.padded(span) == span for span in loop.spans)
 
 
 # Where it ends

@@ -127,8 +127,8 @@ class Decoder:
         chunk: int | None = None,  # prefill this many tokens at a time; None: all
         vocab_size: int | None = None,  # ids from here on are never chosen (a padded vocabulary); None: the model's
     ) -> None:
-        granularity = choose(runner, model.device.type).granularity if granularity is None else granularity
-        if granularity < 1:
+        kind = choose(runner, model.device.type)
+        if granularity is not None and granularity < 1:
             raise ConfigError(f"granularity is {granularity}: expected at least 1 token")
         check_prompts(model, tokens, lengths)
         self.lengths = list(lengths) if lengths is not None else [tokens.shape[1]] * len(tokens)
@@ -141,7 +141,7 @@ class Decoder:
             self.lengths,
             max_new,
             cache=cache,
-            granularity=granularity,
+            granularity=granularity or kind.granularity,
             sampling=sampling or Sampling(),
             vocab_size=min(vocab_size or model.config.vocab_size, model.config.vocab_size),
         )

@@ -19,7 +19,8 @@ class Loop:
     """The buffers of B rows of which prompts (B, T) are known, row b's being tokens[b, :lengths[b]].
 
     A prefix may be treated as padded to a multiple of `granularity`, so that one sequence of kernels serves that
-    many lengths: with a cache a mask hides the padding, without one causality does. 1: no padding.
+    many lengths: with a cache a mask hides the padding, without one causality does. 1: no padding. None: multiples
+    that grow with the length, to an eighth of it, so that a long text has few of them.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Loop:
         max_new: int,  # the most tokens that follow the first one
         *,
         cache: str | None,  # layout; None: the whole prefix is computed again for each token
-        granularity: int,
+        granularity: int | None,
         sampling: Sampling,
         vocab_size: int,  # ids from here on are never chosen
     ) -> None:
@@ -59,7 +60,8 @@ class Loop:
 
     def padded(self, length: int) -> int:
         """What a prefix of this length is padded to, within the model's context."""
-        return min(-(-length // self.granularity) * self.granularity, self.model.config.context)
+        multiple = self.granularity or max(16, 1 << length.bit_length() >> 4)
+        return min(-(-length // multiple) * multiple, self.model.config.context)
 
     def rewind(self) -> None:
         """Back to the state right after prefill."""

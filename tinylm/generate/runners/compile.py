@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"coordinate_descent_tuning": True
 
 class Compile:
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    granularity: ClassVar[int] = 64  # so that texts of similar length share their code
+    granularity: ClassVar[int | None] = 64  # so that texts of similar length share their code
     fallback: ClassVar[dict[str, str]] = {"cpu": "eager", "cuda": "graph"}
     backend: ClassVar[str | Callable[..., Any]] = "inductor"
 

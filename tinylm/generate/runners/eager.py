@@ -9,7 +9,7 @@ from tinylm.generate.loop import Loop
 
 class Eager:
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    granularity: ClassVar[int] = 1
+    granularity: ClassVar[int | None] = 1
     fallback: ClassVar[dict[str, str]] = {}
 
     def __init__(self, loop: Loop) -> None:

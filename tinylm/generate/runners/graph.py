@@ -1,8 +1,9 @@
 """Each step one CUDA graph: a single launch, whatever the number of kernels.
 
 SDPA reads a span of the cache that is fixed when the graph is captured, so there is a graph for each padded
-length. granularity 16: a mask hides the padding, and a graph serves 16 tokens. 1: no padding and no mask, which
-SDPA's fastest kernels ask for, at a graph per token; a graph of a 6-layer model takes some ms to capture.
+length; a mask hides the padding. By default a graph serves 16 tokens, from a length of 256 on up to an eighth of
+the length, so that any text has a few dozen graphs. granularity 1: no padding and no mask, which SDPA's fastest
+kernels ask for, at a graph per token. The model's context: one graph, which reads all of the cache each time.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> list[torch.cuda.
 
 class Graph:
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    granularity: ClassVar[int] = 16
+    granularity: ClassVar[int | None] = None
     fallback: ClassVar[dict[str, str]] = {}
     capture = staticmethod(capture)
 

@@ -14,7 +14,7 @@ class Runner(Protocol):
     """
 
     devices: ClassVar[tuple[str, ...]]  # types of device that it can run on
-    granularity: ClassVar[int]  # of the loop, where none is asked for
+    granularity: ClassVar[int | None]  # of the loop, where none is asked for
     fallback: ClassVar[dict[str, str]]  # by type of device: the runner to take where this one is unable
 
     def __init__(self, loop: Loop) -> None: ...
