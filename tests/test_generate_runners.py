@@ -270,10 +270,10 @@ def test_run_never_waits_for_the_gpu(name: str, sampling: Sampling) -> None:
 def test_compiling_is_over_when_the_decoder_is_made_and_is_not_repeated_for_its_like(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compiled: list[int] = []
+    compiled: list[list[torch.Size]] = []
 
     def count(graph: Any, examples: Any) -> Callable[..., Any]:
-        compiled.append(1)
+        compiled.append([value.shape for value in examples if isinstance(value, Tensor)])
         return graph.forward
 
     monkeypatch.setattr(Traced, "backend", staticmethod(count))
@@ -283,9 +283,14 @@ def test_compiling_is_over_when_the_decoder_is_made_and_is_not_repeated_for_its_
         made = len(compiled)
         assert torch.equal(decoded(decoder), naive(model, prompts_of(model, 1, 5), 21)[:, 5:])
         assert len(compiled) == made == 1
+    decoder = Decoder(random_model(layers=2), prompts_of(model, 1, 5), 20, runner="traced")
+    assert decoder.cache is not None
+    for stream in decoder.cache.streams.values():  # type: ignore[attr-defined]
+        # Of a layer's own tensor a compiler knows that it may be written in place; else it copies all of it.
+        assert compiled[1].count(stream[0].shape) == 2 * len(stream) and stream.shape not in compiled[1]
     for batch in range(1, 11):
         Decoder(model, prompts_of(model, batch, 5), 20, runner="traced")
-    assert len(compiled) == 10, "of batch 1 there was one already"
+    assert len(compiled) == 11, "of batch 1 there was one already"
 
 
 @pytest.fixture

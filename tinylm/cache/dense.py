@@ -45,8 +45,10 @@ class DenseCache:
             for name, heads, width in map(astuple, streams)
         }
         self.nbytes = sum(stream.nbytes for stream in self.streams.values())
-        # Views made once: a compiler takes each layer's for a tensor of its own, which is written in place.
-        self._layers = {name: stream.unbind() for name, stream in self.streams.items()}
+        # Views made once: a compiler takes each layer's for a tensor of its own and writes it in place. Of views that
+        # it sees being made it copies the whole layer. (enable_grad: a view of no_grad cannot be written outside it.)
+        with torch.enable_grad():
+            self._layers = {name: [stream[n] for n in range(layers)] for name, stream in self.streams.items()}
         self._rows = torch.arange(batch, device=device)[:, None]
         self.made_for = (tuple(streams), layers, self._rows.device)
 

@@ -45,6 +45,7 @@ class Loop:
         # One more than the context, for the token that is chosen last and never read.
         self.ids = torch.zeros(len(tokens), max(last, self.padded(last)) + 1, dtype=torch.int64, device=device)
         self.ids[:, : self.prompt_tokens] = tokens
+        self._rows = torch.arange(len(tokens), device=device)[:, None]
         self.first = torch.tensor(lengths, device=device)[:, None]  # (B, 1): the place of each row's first new token
         self.position = self.first.clone()  # (B, 1): of each row's newest token, which no pass has read yet
         self.noise = Noise(sampling.seeds(len(tokens)), vocab_size, device) if sampling.temperature else None
@@ -69,7 +70,7 @@ class Loop:
 
     def begin(self, logits: Tensor) -> None:
         """Chooses the first new token of each row, of prefill's logits (B, 1, V)."""
-        self.ids.scatter_(1, self.first, self._choose(logits, self.first))
+        self.ids[self._rows, self.first] = self._choose(logits, self.first)
 
     def step(self, span: int, exact: bool = False) -> None:
         """One more token of each row, read and written in device buffers alone: no host value but `span` enters.
@@ -85,7 +86,8 @@ class Loop:
             logits = self.model.step(Batch(newest, place, place[:, 0] + 1, span=span, uniform=exact), self.cache)
         # In place, and last: the pass above still reads the old position.
         position += 1
-        self.ids.scatter_(1, position, self._choose(logits, position))
+        # By index: scatter_ becomes a copy of all ids where it is compiled.
+        self.ids[self._rows, position] = self._choose(logits, position)
 
     def _choose(self, logits: Tensor, places: Tensor) -> Tensor:
         """The tokens (B, 1) that come at places (B, 1), of the logits (B, 1, V) before them."""
