@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peers import HuggingFace
 from tinylm.bench.proof import CheckFailed
 from tinylm.config import PRESETS, ModelConfig, preset
 from tinylm.generate import RUNNERS, Decoder, RunnerWarning
@@ -78,13 +79,13 @@ def decoder(net: Transformer, batch: int, context: int, *, impl: str, cache: str
             pytest.skip(str(reason))
 
 
-def decode(loop: Decoder) -> torch.Tensor:
+def decode(loop: Decoder | HuggingFace) -> torch.Tensor:
     """The work of one call: DECODED tokens from the state right after prefill."""
     loop.rewind()
     return loop.run(loop.max_new)
 
 
-def decode_check(net: Transformer) -> Callable[[torch.Tensor, Decoder], float]:
+def decode_check(net: Transformer) -> Callable[[torch.Tensor, Decoder | HuggingFace], float]:
     """Every token decoded is the likeliest by a plain forward over the same text, up to rounding.
 
     The error is how far a chosen token's logit lies below the largest, over the logits' standard deviation. Each of
@@ -94,7 +95,7 @@ def decode_check(net: Transformer) -> Callable[[torch.Tensor, Decoder], float]:
     """
     tolerance = 4 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5
 
-    def check(chosen: torch.Tensor, loop: Decoder) -> float:
+    def check(chosen: torch.Tensor, loop: Decoder | HuggingFace) -> float:
         count = chosen.shape[1]
         text = loop.ids[:, : loop.prompt_tokens + 1 + count]
         if not torch.equal(text[:, -count:], chosen):

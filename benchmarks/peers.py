@@ -104,12 +104,13 @@ def refusal(net: Transformer) -> str | None:
     odd = [name for name, value in LLAMA.items() if getattr(net.config, name) != value]
     if odd or net.config.rope_scaling:
         return f"the peer hf is a Llama: it has not this model's {', '.join(odd) or 'rope_scaling'}"
+    return None if counts() else "the peer hf needs transformers from version 5 on: pip install -e '.[hf]'"
+
+
+def counts() -> bool:
+    """Whether transformers is there, with a static cache that counts its tokens, as from version 5 on."""
     try:
-        from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
     except ImportError:
-        return "the peer hf needs transformers: pip install 'transformers>=5'"
-    del StaticCache
-    if not hasattr(StaticLayer(1), "cumulative_length"):
-        return "the peer hf needs a static cache that counts its tokens: pip install -U 'transformers>=5'"
-    return None
+        return False
+    return hasattr(StaticLayer(1), "cumulative_length")

@@ -1,4 +1,4 @@
-"""Rows of the table of runners that tests alone need, and which rows can be tested here."""
+"""Runners under test: rows of the table that tests alone need, which ones can run here, and what they are given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
+from tinylm.generate import Decoder
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners import RUNNERS, Compile, Graph
+from tinylm.model import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,3 +58,11 @@ def here(name: str) -> Any:
 
 # `traced` for `compile`: one test compiles to the end.
 EACH = [here(name) for name in [*RUNNERS, "uncaptured", "traced"] if name != "compile"]
+
+
+def prompts_of(model: Transformer, rows: int, tokens: int, seed: int = 1) -> Tensor:
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(decoder: Decoder) -> Tensor:
+    return torch.cat((decoder.first, decoder.run(decoder.max_new)), 1)

@@ -1,4 +1,4 @@
-"""Every runner: the tokens of the reference, what it leaves in the cache, where it ends, and what it refuses.
+"""Every runner: the tokens of the definition, what it leaves in the cache, where it ends, how it draws.
 
 On a GPU if there is one, else on the CPU with the runners that it has.
 """
@@ -14,23 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launched import DEVICE, EACH, Traced
+from launched import DEVICE, EACH, Traced, decoded, prompts_of
 from launched import rows as rows
-from runs import text
 from scipy import stats
 from spoken import own
 from torch import Tensor
 
-from tinylm import checkpoint, data
 from tinylm.config import ConfigError, preset
-from tinylm.generate import RUNNERS, Decoder, RunnerWarning, Sampling, complete, prefill, runners
+from tinylm.generate import Decoder, RunnerWarning, Sampling, complete, prefill, runners
 from tinylm.generate.__main__ import main
 from tinylm.generate.loop import Loop
 from tinylm.model import Transformer
-from tinylm.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("rows")
-CONTEXT = 64  # of the trained model
 RARE = 1e-6  # a sound sampler fails a test at this level once in a million seeds; the seeds are fixed
 
 
@@ -40,10 +36,6 @@ def random_model(**more: Any) -> Transformer:
     return Transformer(preset("nano", **{"context": 32, "init_std": 0.3, **more})).double().eval().to(DEVICE)
 
 
-def prompts_of(model: Transformer, rows: int, tokens: int, seed: int = 1) -> Tensor:
-    return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def naive(model: Transformer, tokens: Tensor, new: int) -> Tensor:
     """Greedy, from the definition: the prompt and what follows it."""
@@ -51,76 +43,6 @@ def naive(model: Transformer, tokens: Tensor, new: int) -> Tensor:
     for _ in range(new):
         tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
     return tokens
-
-
-def decoded(decoder: Decoder) -> Tensor:
-    return torch.cat((decoder.first, decoder.run(decoder.max_new)), 1)
-
-
-# The tokens of the reference
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Tensor]:
-    """A model that has learned a text of 40 words, over and over, and a piece of the text, (1, CONTEXT).
-
-    A letter follows from the letters before it; the context's first few do not yet tell where in the text it is.
-    """
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(" ".join([text(40)] * 100))
-    tokens = data.prepare(text=folder / "text.txt", folder=folder / "data", tokenizer="char")
-    train(
-        TrainConfig(
-            data=str(tokens), out=str(folder / "run"), context=CONTEXT, batch=8, steps=200, lr=5e-3, device="cpu",
-            eval_every=0, eval_tokens=64, peak_flops=1e9,
-        )
-    )  # fmt: skip
-    model, _ = checkpoint.load_model(folder / "run", "cpu", torch.float32)
-    start = torch.zeros(1, dtype=torch.int64).numpy()
-    return model.eval(), torch.from_numpy(data.Tokens(tokens, "train").read(start, CONTEXT))
-
-
-@torch.inference_mode()
-def decided(reference: Transformer, ids: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The likeliest token after each of ids (1, T) by the reference, and where rounding cannot make it another.
-
-    The gap of the two likeliest, a and b, is (w_a - w_b) h, with h the normed stream and w rows of the head. Each of
-    2 x layers residual additions rounds the stream by up to eps of it, a walk of eps sqrt(2 layers), and two passes
-    differ by twice that; so the gap moves by at most 2 eps sqrt(2 layers) |w_a - w_b| |h|. That h moves straight
-    along w_a - w_b is the worst of its `dim` directions: a random one moves the gap by 1 / sqrt(dim) of that, an
-    eighth here, and what is left over is for the roundings inside the branches. (In bf16 the gap of this model moves
-    by half of the bound at most.)
-    """
-    logits, h = reference(ids)[0], reference.hidden(ids)[0]
-    (first, second), (a, b) = (part.unbind(-1) for part in logits.topk(2))
-    apart = (reference.head_weight[a] - reference.head_weight[b]).norm(dim=-1)
-    bound = 2 * eps * (2 * reference.config.layers) ** 0.5 * apart * h.norm(dim=-1)
-    return a, first - second > bound
-
-
-@pytest.mark.parametrize("name", [*EACH, "compile"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_greedy_tokens_are_those_of_the_fp32_reference(
-    name: str, dtype: torch.dtype, trained: tuple[Transformer, Tensor]
-) -> None:
-    """After prompts of 1 token to the whole context, wherever the reference's choice is beyond rounding."""
-    model, known = trained
-    model = Transformer.build(model.config, dtype=dtype)
-    model.load_state_dict(trained[0].state_dict())
-    reference = Transformer.build(model.config)
-    reference.load_state_dict(model.state_dict())  # the same weights: those that dtype can hold
-    model, reference = model.eval().to(DEVICE), reference.eval().to(DEVICE)
-    sure = total = 0
-    for length in range(1, CONTEXT + 1):
-        decoder = Decoder(model, known[:, :length], min(7, CONTEXT - length), runner=name)
-        assert decoder.runner == name
-        chosen = decoded(decoder)
-        ids = torch.cat((known[:, :length].to(DEVICE), chosen[:, :-1]), 1)
-        likeliest, certain = decided(reference, ids, torch.finfo(dtype).eps)
-        likeliest, certain = likeliest[length - 1 :], certain[length - 1 :]
-        assert torch.equal(chosen[0][certain], likeliest[certain]), f"after {length} tokens"
-        sure, total = sure + int(certain.sum()), total + len(certain)
-    assert sure >= 0.9 * total, f"{sure} of {total} positions are decided: too few to prove anything"
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -320,76 +242,3 @@ def test_the_command_tells_it_in_one_line(
     assert main(asked) == 0
     lines = capsys.readouterr().err.splitlines()
     assert sum("cannot run" in line for line in lines) == 1 and len(lines) == 2
-
-
-# What it refuses
-
-
-class Launched(Transformer):
-    """A model that nothing may be asked of."""
-
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        raise AssertionError("launched")
-
-    def _enter(self, *arguments: Any) -> Any:
-        raise AssertionError("launched")
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_bad_input_is_one_clear_error_before_anything_is_launched(name: str) -> None:
-    model = Launched(preset("nano", context=16)).eval().to(DEVICE)
-    prompt = prompts_of(model, 1, 10)
-    decode = functools.partial(Decoder, model, runner=name)
-    calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: decode(prompts_of(model, 1, 17), 0), "prompt of 17 tokens does not fit the model's context of 16"),
-        (lambda: decode(prompt, 7), "10 prompt tokens and 7 new ones do not fit"),
-        (lambda: decode(prompt[:, :0], 1), "not empty"),
-        (lambda: decode(prompt + 512, 1), "token ids run from .*: expected 0 to 511"),
-        (lambda: decode(prompt - 512, 1), "token ids run from -"),
-        (lambda: decode(prompt.float(), 1), "expected int64"),
-        (lambda: decode(prompt, 1, cache="pagd"), "unknown cache layout 'pagd': use one of dense"),
-        (lambda: decode(prompt, 1, granularity=0), "granularity is 0"),
-        (lambda: Decoder(model, prompt, 1, runner="grahp"), "unknown runner 'grahp': use one of eager, graph"),
-        (lambda: complete(model, [[1], []], 2, runner=name), r"prompts of \[1, 0\] tokens"),
-    ]
-    for call, words in calls:
-        refused(call, words)
-
-
-def test_prefill_refuses_what_is_no_prompt_and_the_cache_of_another_model_or_device() -> None:
-    model = Launched(preset("nano", context=16)).eval().to(DEVICE)
-    cache, prompt = model.new_cache(), prompts_of(model, 1, 10)
-
-    def of(**more: Any) -> Any:
-        return Transformer(preset("nano", context=16, **more)).to(DEVICE).new_cache()
-
-    elsewhere = Transformer.build(model.config, device="meta").new_cache()
-    calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: prefill(model, prompts_of(model, 1, 17), cache), "prompt of 17 tokens"),
-        (lambda: prefill(model, prompt[:, :0], cache), "not empty"),
-        (lambda: prefill(model, prompt + 512, cache), "token ids"),
-        (
-            lambda: prefill(model, prompt, of(layers=3)),
-            r"cache is for 3 layers .*the model has 2 layers .*new_cache\(\)",
-        ),
-        (lambda: prefill(model, prompt, of(kv_heads=4)), "k of 4 x 16, v of 4 x 16 .* k of 2 x 16"),
-        (lambda: prefill(model, prompt, of(head_dim=32)), "k of 2 x 32"),
-        (lambda: prefill(model, prompt, elsewhere), f"on meta, the model has .* on {DEVICE}"),
-        (lambda: prefill(model, prompt, model.new_cache(context=9)), "10 tokens a row are more than the 9"),
-        (lambda: prefill(model, prompt, model.new_cache(batch=2)), "1 rows given, the cache has 2"),
-    ]
-    for call, words in calls:
-        refused(call, words)
-
-
-@pytest.mark.parametrize("name", [name for name, row in RUNNERS.items() if "cpu" not in row.devices])
-def test_a_runner_that_the_device_cannot_run_is_an_error(name: str) -> None:
-    model = Launched(preset("nano", context=16)).eval()
-    prompt = prompts_of(model, 1, 10)
-    refused(lambda: Decoder(model, prompt, 1, runner=name), f"runner '{name}' with a model on cpu: .* cuda; .* eager")
-
-
-def refused(call: Callable[[], Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as error:
-        call()
-    assert "\n" not in str(error.value)

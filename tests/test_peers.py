@@ -29,6 +29,7 @@ def test_llama_has_the_models_own_weights_and_its_logits(tied: bool) -> None:
     assert {weight.untyped_storage().data_ptr() for weight in theirs.parameters()} <= places, "nothing was copied"
 
 
+@pytest.mark.skipif(not peers.counts(), reason="needs transformers from version 5 on")
 def test_its_decode_loop_chooses_the_likeliest_tokens_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
     net = model_of()
