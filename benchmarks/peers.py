@@ -20,9 +20,7 @@ class HuggingFace:
     Has what `inputs.decode` and its check need of a `Decoder`. Compiled once: `begin` gives it another prompt.
     """
 
-    def __init__(
-        self, net: Transformer, batch: int, prompt_tokens: int, max_new: int, *, compiled: bool = True
-    ) -> None:
+    def __init__(self, net: Transformer, batch: int, prompt_tokens: int, max_new: int) -> None:
         from transformers import StaticCache
 
         self.prompt_tokens, self.max_new = prompt_tokens, max_new
@@ -34,7 +32,6 @@ class HuggingFace:
     @torch.no_grad()
     def begin(self, prompt: Tensor) -> HuggingFace:
         """Prefills a prompt (batch, prompt_tokens), and is ready to run."""
-        self.ids[:, :-1].zero_()
         self.ids[:, : self.prompt_tokens] = prompt
         self._known = 0
         if self._cache.layers[0].is_initialized:
@@ -52,8 +49,10 @@ class HuggingFace:
     @torch.no_grad()
     def run(self, tokens: int) -> Tensor:
         start = self._known + 1
+        token = self.ids[:, start - 1 : start].clone()
         for place in range(start, start + tokens):
-            self.ids[:, place, None] = self._step(self.ids[:, place - 1, None])
+            token = self._step(token).clone()  # the next step's graph writes where this one's result lies
+            self.ids[:, place, None] = token
         self._known += tokens
         return self.ids[:, start : start + tokens].clone()
 
