@@ -39,6 +39,8 @@ class Compile:
             warnings.simplefilter("ignore")  # torch's compiler warns of what torch itself does
             try:
                 self._step()  # compiles
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever stops a compiler is a reason to tell, and no reason to end
                 raise Unable(_told(error)) from None
         if loop.model.device.type == "cuda":
