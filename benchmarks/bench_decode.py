@@ -13,6 +13,7 @@ from tinylm.bench.proof import CheckFailed, against
 from tinylm.generate import RUNNERS, prefill
 
 PEERS = ["hf"]
+COMPILED = ["compile", *PEERS]
 
 
 def decode(preset, dtype, batch, context, impl):
@@ -31,7 +32,11 @@ def filled(preset, dtype, context):
 
 
 @cells(
-    choices={**inputs.CHOICES, "phase": ["prefill", "decode"]},
+    choices={
+        **inputs.CHOICES,
+        "phase": ["prefill", "decode"],
+        "impl": [name for name in RUNNERS if name not in COMPILED],
+    },
     refuse=inputs.refuse,
     seconds={"cuda": 2.2, "cpu": 0.6},
     quick=[
@@ -64,6 +69,8 @@ def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
     if phase == "decode":
         loop(measure, device, net, batch, context, lambda: (inputs.decoder(net, batch, context, impl=impl),))
         return
+    if impl != "eager":
+        pytest.skip("prefill runs eagerly alone")
 
     def first_token(prompt, cache):
         logits = prefill(net, prompt, cache)
@@ -99,7 +106,7 @@ def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
 
 
 @cells(
-    choices={**inputs.CHOICES, "phase": ["decode"], "impl": [*RUNNERS, *PEERS]},
+    choices={**inputs.CHOICES, "phase": ["decode"], "impl": COMPILED},
     refuse=inputs.refuse,
     seconds={"cuda": 45.0, "cpu": 20.0},
     quick=[decode("tiny", ["fp32"], [1], [128], ["compile"])],
