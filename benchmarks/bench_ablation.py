@@ -14,7 +14,7 @@ from benchmarks import inputs
 from tinylm import ops
 from tinylm.bench import cells
 from tinylm.bench.proof import Case, CheckFailed
-from tinylm.model import Transformer
+from tinylm.model import DTYPES, Transformer
 
 IMPLS = list(ops.OPS["rmsnorm"])
 PHASES = ["decode", "train"]
@@ -39,10 +39,10 @@ def test_ablation(measure, device, op, phase, preset, dtype, batch, context, imp
 
     def build(backend):
         for used in (op, f"add_{op}"):
-            if reason := ops.probe(used, backend, device, inputs.DTYPES[dtype]):
+            if reason := ops.probe(used, backend, device, DTYPES[dtype]):
                 pytest.skip(f"{used}/{backend}: {reason}")
         torch.manual_seed(0)  # the same weights for every backend
-        net = Transformer.build(config, ops={op: backend}, device=device, dtype=inputs.DTYPES[dtype])
+        net = Transformer.build(config, ops={op: backend}, device=device, dtype=DTYPES[dtype])
         return decoding(net) if phase == "decode" else training(net)
 
     def decoding(net):
@@ -73,7 +73,7 @@ def test_ablation(measure, device, op, phase, preset, dtype, batch, context, imp
 
         return Case(step, lambda: (inputs.tokens(config, batch, context + 1, device),), check)
 
-    net = Transformer.build(config, device="meta", dtype=inputs.DTYPES[dtype])
+    net = Transformer.build(config, device="meta", dtype=DTYPES[dtype])
     if phase == "decode":
         work = inputs.step_work(net, batch, context, "dense")
         measure.interleaved("impl", build, timing="host", units=inputs.DECODED[device], **work)

@@ -11,10 +11,10 @@ are as in ANCHORS, 0.5 GiB and 2 GiB at `datacenter`; of 2 GiB eager, which take
 import pytest
 import torch
 
-from benchmarks.inputs import DTYPES
 from tinylm import ops
 from tinylm.bench import cells
 from tinylm.bench.proof import Case, against
+from tinylm.model import DTYPES
 
 IMPLS = list(ops.OPS["rmsnorm"])
 FUSED = [impl for impl in IMPLS if impl != "eager"]

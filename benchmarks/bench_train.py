@@ -21,7 +21,7 @@ from tinylm.config import ConfigError
 from tinylm.data import prepare
 from tinylm.generate import Decoder, Sampling, stream
 from tinylm.generate.text import TextStream
-from tinylm.model import Transformer
+from tinylm.model import DTYPES, Transformer
 from tinylm.optim import make_optimizer
 from tinylm.tokenizer import train_char
 from tinylm.train import TrainConfig, train
@@ -82,7 +82,7 @@ def test_step(measure, device, phase, preset, dtype, batch, context, impl):
             rows=(batch, context + 1),
             micro=batch,
             room=4,
-            autocast=inputs.DTYPES[dtype],
+            autocast=DTYPES[dtype],
             clip_norm=1.0,
             graph=impl == "graph",
         )
@@ -101,7 +101,7 @@ def test_step(measure, device, phase, preset, dtype, batch, context, impl):
             """
             exact = torch.tensor(reference(net, rows), device=device)
             error = ((found[:, 0] - exact) / exact).abs().max().item()
-            tolerance = 0.01 + 4 * torch.finfo(inputs.DTYPES[dtype]).eps * (2 * config.layers) ** 0.5
+            tolerance = 0.01 + 4 * torch.finfo(DTYPES[dtype]).eps * (2 * config.layers) ** 0.5
             if not error <= tolerance:
                 raise CheckFailed(f"loss and norm are {found[:, 0].tolist()}, not {exact.tolist()}: off by {error:.3g}")
             if torch.equal(matrix, before):

@@ -12,7 +12,7 @@ from benchmarks import inputs
 from tinylm.bench import cells, isolated, sampling, telemetry, timing
 from tinylm.cache import Batch
 from tinylm.generate import prefill
-from tinylm.model import Transformer
+from tinylm.model import DTYPES, Transformer
 
 LIMITS = timing.Limits(min_samples=3, max_samples=7, seconds=0.5)
 PREFILL_TOKENS = 8192  # at once, over the whole batch: bounds the activations, which the prediction leaves out
@@ -42,7 +42,7 @@ def grid(preset, dtype, batch, context):
 )
 def test_vram(measure, device, preset, dtype, batch, context):
     config = inputs.shape(preset, context)
-    net = Transformer.build(config, device="meta", dtype=inputs.DTYPES[dtype])
+    net = Transformer.build(config, device="meta", dtype=DTYPES[dtype])
     measure.extra_info["predicted_bytes"] = net.weight_bytes() + net.kv_bytes(batch, context)
     inputs.model.cache_clear()  # the last experiment's model is not to take this one's memory
     uuid = None
@@ -72,7 +72,7 @@ def cell(config, dtype, batch, context, uuid):
         torch.cuda.set_per_process_memory_fraction(CAP * free / total)
     else:
         before = telemetry.resident_bytes()
-    net = Transformer.build(config, device=device, dtype=inputs.DTYPES[dtype]).eval()
+    net = Transformer.build(config, device=device, dtype=DTYPES[dtype]).eval()
     cache = net.new_cache(batch=batch, context=context)
     text = inputs.tokens(config, batch, context, device)
     prefill(net, text[:, :-1], cache, chunk=max(1, PREFILL_TOKENS // batch))

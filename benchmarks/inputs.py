@@ -14,9 +14,8 @@ from benchmarks.peers import HuggingFace
 from tinylm.bench.proof import CheckFailed
 from tinylm.config import PRESETS, ModelConfig, preset
 from tinylm.generate import RUNNERS, Decoder, RunnerWarning
-from tinylm.model import Transformer
+from tinylm.model import DTYPES, Transformer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHOICES: dict[str, Collection[str]] = {
     "dtype": DTYPES,
     "preset": PRESETS,

@@ -27,9 +27,9 @@ from tinylm.generate.rows import stream
 from tinylm.generate.runners import RunnerWarning, choose
 from tinylm.generate.sampling import Sampling
 from tinylm.generate.text import TextModel, TextStream, load
+from tinylm.model import DTYPES
 
 NAME = "tinylm.generate"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ def compiler(backend: str | Callable[..., object]) -> Callable[..., Callable[...
 
     def compile_for(function: Any, *key: object) -> Callable[..., Any]:
         if key not in compiled:
-            # Dynamo counts recompilations per code object and stops compiling at 8: a copy of the code has a
-            # count of its own, so no shape is ever left uncompiled.
-            fresh = types.FunctionType(function.__code__.replace(), function.__globals__)
-            compiled[key] = torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend)
+            compiled[key] = torch.compile(copied(function), fullgraph=True, dynamic=False, backend=backend)
         return compiled[key]
 
     return compile_for
+
+
+def copied(function: Any) -> Callable[..., Any]:
+    """The function with a copy of its code. Dynamo counts recompilations per code object and stops compiling at 8:
+    the copy has a count of its own, so no shape is ever left uncompiled."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__)

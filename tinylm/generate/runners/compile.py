@@ -8,7 +8,6 @@ decoder is made; later ones of the same shape in the process take the same code.
 from __future__ import annotations
 
 import functools
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ import torch
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners.graph import capture
 from tinylm.generate.runners.protocol import Unable
+from tinylm.ops.compiling import copied
 
 # Matrix-vector products become generated kernels, fused with their neighbours, only where these are tuned.
 OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"coordinate_descent_tuning": True}, "cpu": {}}
@@ -68,10 +68,8 @@ def _shape(loop: Loop) -> tuple[object, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(backend: Any, device: str, span: int, shape: tuple[object, ...]) -> Callable[..., None]:
-    # Dynamo counts recompilations per code object and stops compiling at 8: a copy of the code has a count of its own.
-    fresh = types.FunctionType(_advance.__code__.replace(), _advance.__globals__)
     options = OPTIONS[device] if backend == "inductor" else None
-    return torch.compile(fresh, fullgraph=True, dynamic=False, backend=backend, options=options or None)
+    return torch.compile(copied(_advance), fullgraph=True, dynamic=False, backend=backend, options=options or None)
 
 
 def _advance(loop: Loop, span: int) -> None:
