@@ -1,7 +1,9 @@
 """Tokens per second: prefill of a prompt, and decode with a dense cache, per preset, batch size and runner.
 
 `prefill` is a prompt from the host to its first token on the host, so that its time is the time to first token.
-`decode` is the likeliest token each time, by every runner; `hf` is transformers' Llama on the same weights.
+`decode` is the likeliest token each time, by every runner, and `sample` one drawn from the 200 likeliest; both end
+with the ids on the host, and their context is the mean over the tokens decoded. `hf` is transformers' Llama on the
+same weights.
 """
 
 import pytest
@@ -14,31 +16,29 @@ from tinylm.generate import RUNNERS, prefill
 
 PEERS = ["hf"]
 COMPILED = ["compile", *PEERS]
+LAUNCHED = [name for name in RUNNERS if name not in COMPILED]
+LOOPS = list(inputs.SAMPLINGS)
 
 
-def decode(preset, dtype, batch, context, impl):
+def decode(preset, dtype, batch, context, impl=LAUNCHED, phase=("decode",)):
     axes = {"preset": [preset], "dtype": dtype, "batch": batch, "context": context}
-    return {"phase": ["decode"], **axes, "impl": impl}
+    return {"phase": list(phase), **axes, "impl": list(impl)}
 
 
 def grid(preset, dtype, batch, context):
-    """Prefill runs eagerly; decode eagerly and, on a GPU, from CUDA graphs."""
-    loops = decode(preset, dtype, batch, context, ["eager", "graph"])
-    return [loops | {"phase": ["prefill"], "impl": ["eager"]}, loops]
+    """Prefill, which runs eagerly; decode by every runner; of single rows both ways of choosing."""
+    loops = [decode(preset, dtype, [rows], context, phase=LOOPS if rows == 1 else ["decode"]) for rows in batch]
+    return [decode(preset, dtype, batch, context, ["eager"], ["prefill"]), *loops]
 
 
 def filled(preset, dtype, context):
-    return decode(preset, dtype, [1], [context], ["eager"]) | {"phase": ["prefill"]}
+    return decode(preset, dtype, [1], [context], ["eager"], ["prefill"])
 
 
 @cells(
-    choices={
-        **inputs.CHOICES,
-        "phase": ["prefill", "decode"],
-        "impl": [name for name in RUNNERS if name not in COMPILED],
-    },
+    choices={**inputs.CHOICES, "phase": ["prefill", *LOOPS], "impl": LAUNCHED},
     refuse=inputs.refuse,
-    seconds={"cuda": 2.2, "cpu": 0.6},
+    seconds={"cuda": 8.0, "cpu": 0.6},
     quick=[
         *grid("nano", ["fp16", "fp32"], [1, 8], [128]),
         *grid("tiny", ["fp32"], [1, 8], [128]),
@@ -66,8 +66,8 @@ def filled(preset, dtype, context):
 def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
     config = inputs.shape(preset, context + inputs.DECODED[device])
     net = inputs.model(config, dtype, device)
-    if phase == "decode":
-        loop(measure, device, net, batch, context, lambda: (inputs.decoder(net, batch, context, impl=impl),))
+    if phase in LOOPS:
+        decoding(measure, device, net, phase, batch, context, impl)
         return
     if impl != "eager":
         pytest.skip("prefill runs eagerly alone")
@@ -106,44 +106,58 @@ def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
 
 
 @cells(
-    choices={**inputs.CHOICES, "phase": ["decode"], "impl": COMPILED},
+    choices={**inputs.CHOICES, "phase": LOOPS, "impl": COMPILED},
     refuse=inputs.refuse,
     seconds={"cuda": 45.0, "cpu": 20.0},
     quick=[decode("tiny", ["fp32"], [1], [128], ["compile"])],
     laptop=[
         decode("tiny", ["bf16"], [1], [128, 1024], ["compile", "hf"]),
+        decode("tiny", ["bf16"], [1], [128, 1024], ["compile"], ["sample"]),
         decode("tiny", ["bf16"], [16], [1024], ["compile"]),
         decode("small", ["bf16"], [1], [1024], ["compile", "hf"]),
+        decode("small", ["bf16"], [1], [1024], ["compile"], ["sample"]),
         decode("shakespeare-10m", ["bf16"], [1], [128], ["compile"]),
         decode("stories-17m", ["bf16"], [1], [128], ["compile"]),
     ],
     desktop=[
         decode("tiny", ["bf16"], [1], [4096], ["compile", "hf"]),
+        decode("tiny", ["bf16"], [1], [4096], ["compile"], ["sample"]),
         decode("gpt2-124m", ["bf16"], [1], [512], ["compile"]),
     ],
-    datacenter=[decode("llama-3-8b", ["bf16"], [1], [1024], ["compile", "hf"])],
+    datacenter=[
+        decode("llama-3-8b", ["bf16"], [1], [1024], ["compile", "hf"]),
+        decode("llama-3-8b", ["bf16"], [1], [1024], ["compile"], ["sample"]),
+    ],
 )
 def test_compiled(measure, device, phase, preset, dtype, batch, context, impl):
     """Decode by what compiles first, for much longer than it is then measured."""
     net = inputs.model(inputs.shape(preset, context + inputs.DECODED[device]), dtype, device)
     if impl not in PEERS:
-        loop(measure, device, net, batch, context, lambda: (inputs.decoder(net, batch, context, impl=impl),))
+        decoding(measure, device, net, phase, batch, context, impl)
         return
+    if phase != "decode":
+        pytest.skip("the peer hf chooses the likeliest token alone")
     if reason := peers.refusal(net):
         pytest.skip(reason)
-    count = inputs.DECODED[device]
-    peer = peers.HuggingFace(net, batch, max(1, context - count // 2), count)
+    peer = peers.HuggingFace(net, batch, inputs.prompt_tokens(context, device), inputs.DECODED[device])
     prompt = (net.config, batch, peer.prompt_tokens, device)
-    loop(measure, device, net, batch, context, lambda: (peer.begin(inputs.tokens(*prompt)),))
+    loop(measure, device, net, phase, batch, context, lambda: (peer.begin(inputs.tokens(*prompt)),))
 
 
-def loop(measure, device, net, batch, context, make):
+def decoding(measure, device, net, phase, batch, context, impl):
+    sampling = inputs.SAMPLINGS[phase]
+    make = lambda: (inputs.decoder(net, batch, context, impl=impl, sampling=sampling),)  # noqa: E731
+    loop(measure, device, net, phase, batch, context, make)
+
+
+def loop(measure, device, net, phase, batch, context, make):
     """Measures the decode loop that `make` makes ready."""
     measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, 1, context - 1)
+    measure.extra_info.update(inputs.loop_facts(context, device))
     measure(
         inputs.decode,
         inputs=make,
-        check=inputs.decode_check(net),
+        check=inputs.decode_check(net, inputs.SAMPLINGS[phase]),
         timing="host",
         units=inputs.DECODED[device],
         **inputs.step_work(net, batch, context, "dense"),

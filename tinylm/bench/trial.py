@@ -251,7 +251,8 @@ def _finish(machine: Machine, run: _Run, runs: list[_Run], units: int, work: Wor
 
 def _energy(machine: Machine, run: _Run, units: int, tokens: float | None) -> dict[str, Any]:
     """Joules per unit of the work run back to back for seconds, without flushes: what it costs when it is used."""
-    calls = batch(machine, run.work, run.result.samples.median * units)
+    from_host = run.result.extra["timing"] == "host"
+    calls = batch(machine, run.work, run.result.samples.median * units, from_host=from_host)
     found = watch.energy(*calls, lambda: machine.nvml.read("energy_j"))
     if found is None:
         return {"energy_j": None} | ({"energy_per_token_j": None} if tokens else {})
@@ -260,8 +261,13 @@ def _energy(machine: Machine, run: _Run, units: int, tokens: float | None) -> di
     return extra | ({"energy_per_token_j": joules / tokens} if tokens else {})
 
 
-def batch(machine: Machine, work: timing.Work, seconds: float) -> tuple[timing.Work, int]:
-    """A call that runs `work`, of about `seconds`, many times and waits for the device; and how many."""
+def batch(
+    machine: Machine, work: timing.Work, seconds: float, *, from_host: bool = False
+) -> tuple[timing.Work, int]:
+    """A call that runs `work`, of about `seconds`, many times and waits for the device; and how many.
+
+    from_host: launched as it is timed, its waits for the host being part of the work. Else from a graph.
+    """
     gpu = machine.gpu
     assert gpu is not None
     count = max(1, min(500, math.ceil(watch.ENERGY_BATCH_S / max(seconds, 1e-9))))
@@ -271,7 +277,7 @@ def batch(machine: Machine, work: timing.Work, seconds: float) -> tuple[timing.W
             work()
 
     try:  # so that the host's launches do not keep the device waiting
-        queue = gpu.capture(calls).replay if count > 1 else calls
+        queue = gpu.capture(calls).replay if count > 1 and not from_host else calls
     except RuntimeError:
         gpu.torch.cuda.synchronize()
         queue = calls
