@@ -1,15 +1,18 @@
 """Memory against context and batch: measured in a fresh process each, beside the analytic prediction.
 
 A cell builds the model and its cache, prefills all of the context but the last token and decodes that one; the time
-is that of this step. Predicted: weights plus keys and values. On a CPU `device_used_bytes` is the growth of the
-process's peak resident memory. Out of memory is a result: the cell is reported as skipped with `out_of_memory`.
+is that of this step. Predicted: weights plus keys and values; on a GPU what is used beyond that is recorded by name
+(see `tinylm.bench.footprint`). On a CPU `device_used_bytes` is the growth of the process's peak resident memory. Out
+of memory is a result: the cell is reported as skipped with `out_of_memory`.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import inputs
-from tinylm.bench import cells, isolated, sampling, telemetry, timing
+from tinylm.bench import cells, footprint, isolated, sampling, telemetry, timing
 from tinylm.cache import Batch
 from tinylm.generate import prefill
 from tinylm.model import DTYPES, Transformer
@@ -63,32 +66,59 @@ def test_vram(measure, device, preset, dtype, batch, context):
 
 def cell(config, dtype, batch, context, uuid):
     """Seconds of each step, and the memory's readings; on the card with this UUID, or on the CPU if it is None."""
-    cuda = uuid is not None
-    device = "cuda" if cuda else "cpu"
-    if cuda:
-        nvml = telemetry.Nvml.open(uuid)
-        before = nvml.read("used_bytes")  # no context of ours yet
-        free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(CAP * free / total)
-    else:
+    if uuid is None:
         before = telemetry.resident_bytes()
-    net = Transformer.build(config, device=device, dtype=DTYPES[dtype]).eval()
-    cache = net.new_cache(batch=batch, context=context)
-    text = inputs.tokens(config, batch, context, device)
-    prefill(net, text[:, :-1], cache, chunk=max(1, PREFILL_TOKENS // batch))
-    last = Batch.at(text[:, -1:], context - 1)  # decoded again and again: it fills the same entry with the same
-    with torch.inference_mode():
-        if not net.step(last, cache).isfinite().all():
-            raise ArithmeticError(f"logits at position {context - 1} are not finite")
-        sampler = timing.host(lambda: net.step(last, cache), torch.cuda.synchronize if cuda else None)
-        (samples,) = sampling.collect([sampler], LIMITS)
-    seconds = samples.seconds
-    if not cuda:
+        seconds = decoded(Filled(config, dtype, batch, context, "cpu"))
         return seconds, {"device_used_bytes": telemetry.peak_resident_bytes() - before}
-    own, used = nvml.read("own_bytes"), nvml.read("used_bytes")
-    difference = None if used is None or before is None else used - before
-    return seconds, {
+    nvml = telemetry.Nvml.open(uuid)
+    before = nvml.read("used_bytes")  # no context of ours yet
+
+    def used():
+        own, all_used = nvml.read("own_bytes"), nvml.read("used_bytes")
+        return own if own is not None or None in (all_used, before) else all_used - before
+
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(CAP * free / total)
+    torch.zeros(1, device="cuda")
+    bare = footprint.read(used)
+    # A layer alone has the kernels of all, and what they need beside tensors.
+    Filled(replace(config, layers=1), dtype, batch, context, "cuda")()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    warm = footprint.read(used)
+    step = Filled(config, dtype, batch, context, "cuda")
+    seconds = decoded(step, torch.cuda.synchronize)
+    end = footprint.read(used)
+    found = {
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-        "device_used_bytes": difference if own is None else own,
+        "device_used_bytes": end and end.used,
     }
+    if bare and warm and end:
+        predicted = step.net.weight_bytes() + step.net.kv_bytes(batch, context)
+        found |= footprint.parts(bare, warm, end, predicted)
+    return seconds, found
+
+
+class Filled:
+    """The last step of a model whose cache has all of the context but one token."""
+
+    def __init__(self, config, dtype, batch, context, device):
+        self.net = Transformer.build(config, device=device, dtype=DTYPES[dtype]).eval()
+        self.cache = self.net.new_cache(batch=batch, context=context)
+        text = inputs.tokens(config, batch, context, device)
+        prefill(self.net, text[:, :-1], self.cache, chunk=max(1, PREFILL_TOKENS // batch))
+        self.last = Batch.at(text[:, -1:], context - 1)
+
+    @torch.inference_mode()
+    def __call__(self):
+        """Its logits. Again and again: it fills the same entry with the same."""
+        return self.net.step(self.last, self.cache)
+
+
+def decoded(step, sync=None):
+    """Seconds of each of some steps."""
+    if not step().isfinite().all():
+        raise ArithmeticError(f"logits after {step.last.span} tokens are not finite")
+    (samples,) = sampling.collect([timing.host(step, sync)], LIMITS)
+    return samples.seconds

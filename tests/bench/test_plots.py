@@ -15,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from tinylm.bench import plots, results
+from tinylm.bench import plots, points, results
+from tinylm.bench.crossover import crossover
 from tinylm.bench.plots import PLOTS
 
 NAMES = [
-    *("kv_curve", "kv_curve_speedup", "kv_curve_panels", "kv_vs_nokv", "rmsnorm", "rmsnorm_share"),
-    *("rmsnorm_speedup", "vram_seq", "tokens_sec", "ablation"),
+    *("kv_curve", "kv_curve_speedup", "kv_curve_panels", "kv_time", "kv_vs_nokv", "rmsnorm"),
+    *("rmsnorm_share", "rmsnorm_speedup", "vram_seq", "tokens_sec", "ablation"),
 ]
 Drawn = dict[str, tuple[Figure, pd.DataFrame]]
 
@@ -96,14 +97,41 @@ def test_error_bars_reach_from_low_to_high(drawn: Drawn, name: str) -> None:
 
 
 def test_spread_over_runs_is_the_lowest_and_highest_run(table: pd.DataFrame, drawn: Drawn) -> None:
-    _, points = drawn["tokens_sec"]
-    rows = plots.cells(table, "decode")
-    for point in points.to_dict("records"):
+    shown = drawn["tokens_sec"][1]
+    rows = points.cells(table, "decode")
+    for point in shown[shown["quantity"] == "speed"].to_dict("records"):
         keys = ("label", "impl", "dtype", "phase", "preset", "batch")
         chosen = np.logical_and.reduce([rows[key] == point[key] for key in keys])
         same = rows[chosen]["tokens_per_s"]
         assert (point["value"], point["low"], point["high"]) == (same.median(), same.min(), same.max())
         assert point["runs"] == len(same) == 3
+
+
+def test_each_side_of_the_cache_is_its_fastest_runner_and_where_they_cross_is_marked(
+    table: pd.DataFrame, drawn: Drawn
+) -> None:
+    shown, rows = drawn["kv_time"][1], points.cells(table, "kv_cache")
+    keys = ["label", "preset", "dtype", "context", "cache"]
+    medians = rows.groupby([*keys, "impl"])["median"].median() * 1e3
+    sides = shown[shown["quantity"] != points.CROSSOVER]
+    assert len(sides) == len(medians.groupby(keys).min())
+    for point in sides.to_dict("records"):
+        runners = medians[tuple(point[key] for key in keys)]
+        assert point["value"] == runners.min() and point["impl"] == runners.idxmin()
+    marks = shown[shown["quantity"] == points.CROSSOVER].set_index(["label", "preset", "dtype"])
+    for setting, side in sides.groupby(["label", "preset", "dtype"]):
+        both = (side[side["cache"] == cache].set_index("context")["value"] for cache in points.SIDES)
+        ours, theirs = ({int(n): value for n, value in part.items()} for part in both)
+        length, value = marks.loc[setting, ["context", "value"]]
+        assert (round(crossover(ours, theirs)[0]), crossover(ours, theirs)[1]) == (int(length), value)  # type: ignore[index]
+
+
+def test_the_time_to_the_first_token_stands_beside_the_speeds(table: pd.DataFrame, drawn: Drawn) -> None:
+    shown, rows = drawn["tokens_sec"][1], points.cells(table, "decode")
+    first = shown[shown["quantity"] == points.FIRST_TOKEN.text]
+    assert set(first["phase"]) == {"prefill"}
+    prefills = rows[rows["phase"] == "prefill"].groupby(["label", "preset", "dtype", "batch"])["median"].median() * 1e3
+    assert close(list(first["value"]), list(prefills))
 
 
 def test_of_one_run_the_samples_quartiles_are_shown(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "----")
 
 # Values in the order in which they are shown, which also fixes their dashes; others follow.
 ORDER: dict[str, tuple[str, ...]] = {
-    "impl": ("eager", "torch", "compile", "cuda", "liger", "triton", "graph"),
+    "impl": ("eager", "torch", "compile", "cuda", "liger", "triton", "graph", "fused", "hf"),
     "dtype": ("bf16", "fp16", "fp32"),
     "direction": ("forward", "backward"),
-    "phase": ("decode", "prefill", "train"),
+    "phase": ("decode", "sample", "prefill", "train"),
     "cache": ("dense", "none"),
 }
 # Parameters as titles, categories and panels go through them.
@@ -49,6 +49,7 @@ WORDS = {
     "context": {"": "context {}"},
     "hidden": {"": "hidden {}"},
     "rows": {"": "{} rows"},
+    "phase": {"sample": "decode, top-k 200"},
     "cache": {"dense": "with KV cache", "none": "without KV cache"},
 }
 

@@ -1,8 +1,7 @@
 """The table to pictures: one series per label, and beside each picture a CSV of what it shows.
 
 A plot is a row of `PLOTS`: a function that makes the plotted points from the rows of all runs, and how they
-look. The points alone are drawn and written. A point is a median over runs; its spread is the lowest and
-the highest run, or, where there is one run only, the quartiles of its samples.
+look. The points alone are drawn and written.
 """
 
 from __future__ import annotations
@@ -13,211 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tinylm.bench import picture, results, training_curve
-from tinylm.bench.look import Look, ordered
+from tinylm.bench import picture, points, results, training_curve
+from tinylm.bench.look import Look, words
 
-RUN = ["label", "suite", "run"]
-CELL = list(results.PARAMS)
 # A fixed salt and font, so that the same numbers give the same bytes everywhere.
 STYLE: Any = {"svg.hashsalt": "tinylm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A column of the table as it is drawn: times `scale`, in `unit`.
-
-    kind: how the quartiles of the samples carry over: to a `rate`, to a `time`, or not at all (`state`).
-    """
-
-    text: str
-    unit: str
-    column: str
-    scale: float = 1.0
-    kind: str = "rate"
-
-
-TOKENS = Quantity("speed", "tokens/s", "tokens_per_s")
-BANDWIDTH = Quantity("bandwidth", "GB/s", "bytes_per_s", 1e-9)
-SHARE = Quantity("share of ceiling", "%", "of_ceiling", 100)
-TIME = Quantity("time", "ms", "median", 1e3, "time")
-ALLOCATED = Quantity("peak of the allocator", "GiB", "peak_allocated_bytes", 2**-30, "state")
-USED = Quantity("used on the device", "GiB", "device_used_bytes", 2**-30, "state")
-PREDICTED = Quantity("predicted (weights + KV)", "GiB", "predicted_bytes", 2**-30, "state")
-EXHAUSTED = Quantity("out of memory", "GiB", "predicted_bytes", 2**-30, "state")
-CAPACITY = Quantity("memory of the device", "GiB", "device_memory_bytes", 2**-30, "state")
-
-# Bytes of an element, and the input that shows what memory allows: far more than any cache, on most cards.
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-LARGE_MIB = 512
-
-
-# --- from the table of all runs to points ---
-
-
-def cells(table: pd.DataFrame, experiment: str, outcome: str = "measured") -> pd.DataFrame:
-    """The rows of an experiment with every parameter as text, empty where it does not apply."""
-    rows = table[(table["experiment"] == experiment) & (table["outcome"] == outcome)]
-    return rows.assign(**{key: rows[key].map(_text).astype(object) if key in rows else "" for key in CELL})
-
-
-def _text(value: Any) -> str:
-    if value is None or value != value:
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def valued(rows: pd.DataFrame, quantity: Quantity) -> pd.DataFrame:
-    """The rows that have a value, with `value`, and `low` and `high` from the quartiles of the samples."""
-
-    def number(key: str) -> pd.Series:
-        return pd.to_numeric(rows[key], errors="coerce") if key in rows else pd.Series(np.nan, rows.index)
-
-    value = number(quantity.column).astype(float) * quantity.scale
-    median, q1, q3 = number("median"), number("q1"), number("q3")
-    low, high = {
-        "rate": (value * median / q3, value * median / q1),
-        "time": (value * q1 / median, value * q3 / median),
-        "state": (value, value),
-    }[quantity.kind]
-    # JSON of other tools may lack the quartiles.
-    rows = rows.assign(value=value, low=low.fillna(value), high=high.fillna(value))
-    return rows.assign(quantity=quantity.text, unit=quantity.unit)[np.isfinite(value)]
-
-
-def relative(rows: pd.DataFrame, axis: str, baseline: str, text: str) -> pd.DataFrame:
-    """Each row's value over that of the same run's cell that differs in `axis` only: `baseline` there."""
-    keys = [*RUN, *(key for key in CELL if key != axis)]
-    base = rows[rows[axis] == baseline][[*keys, "value", "low", "high"]]
-    both = rows[rows[axis] != baseline].merge(base, on=keys, suffixes=("", "_base"))
-    ratios = {
-        "value": both["value"] / both["value_base"],
-        "low": both["low"] / both["high_base"],
-        "high": both["high"] / both["low_base"],
-    }
-    return both.assign(**ratios, quantity=text, unit="×")
-
-
-def over_runs(*parts: pd.DataFrame) -> pd.DataFrame:
-    """One point per label, cell and quantity, in the order in which they are shown."""
-    keys = ["label", *CELL, "quantity", "unit"]
-    rows = pd.concat([part[[*RUN, *keys[1:], "value", "low", "high"]] for part in parts if len(part)] or parts[:1])
-    runs = rows.groupby([*RUN, *keys[1:]], sort=False)[["value", "low", "high"]].median().reset_index()
-    groups = runs.groupby(keys, sort=False)
-    points = groups["value"].agg(value="median", low="min", high="max", runs="size")
-    once = points["runs"] == 1
-    points["low"] = points["low"].mask(once, groups["low"].median())
-    points["high"] = points["high"].mask(once, groups["high"].median())
-    points["spread"] = np.where(once, "quartiles of the samples", "lowest and highest run")
-    # A reading of one run, as of memory, has no spread at all.
-    points.loc[once & (points["low"] == points["high"]), "spread"] = ""
-    points = points.reset_index()
-    points = points.drop(columns=[key for key in CELL if (points[key] == "").all()])
-    keys = [key for key in keys if key in points]
-    ranks = {key: ordered(points, key) for key in keys}
-    return points.sort_values(keys, key=lambda column: column.map(ranks[column.name].index), ignore_index=True)
-
-
-def configuration(rows: pd.DataFrame, *first: str) -> pd.DataFrame:
-    """The rows of one preset, dtype and batch: that of most values in the columns `first`, in their order."""
-    keys = ["preset", "dtype", "batch"]
-    if rows.empty:
-        return rows
-    counts = (
-        rows.groupby(keys, sort=False)[list(first)].nunique().sort_values(list(first), ascending=False, kind="stable")
-    )
-    return rows[(rows[keys] == list(counts.index[0])).all(axis="columns")]
-
-
-def kv_speed(table: pd.DataFrame) -> pd.DataFrame:
-    return over_runs(valued(cells(table, "kv_cache"), TOKENS))
-
-
-def kv_speedup(table: pd.DataFrame) -> pd.DataFrame:
-    return over_runs(relative(valued(cells(table, "kv_cache"), TOKENS), "cache", "none", "speed-up"))
-
-
-def kv_panels(table: pd.DataFrame) -> pd.DataFrame:
-    """Two configurations at most: the one that most labels measured, and the one at most contexts."""
-    rows = valued(cells(table, "kv_cache"), TOKENS)
-    chosen = configuration(rows, "label", "context").index.union(configuration(rows, "context", "label").index)
-    rows = rows.loc[chosen]
-    return over_runs(rows, relative(rows, "cache", "none", "speed-up"))
-
-
-def kv_one_length(table: pd.DataFrame) -> pd.DataFrame:
-    """The configuration that most labels measured, at the longest context that all of them have."""
-    rows = configuration(valued(cells(table, "kv_cache"), TOKENS), "label", "context")
-    contexts = [set(part["context"]) for _, part in rows.groupby("label")]
-    common = set.intersection(*contexts) if contexts else set()
-    return over_runs(rows[rows["context"] == max(common, key=int, default="")])
-
-
-def rmsnorm_alone(table: pd.DataFrame) -> pd.DataFrame:
-    """The cells of RMSNorm that move data: not those with a sum, and not the host's time for a call."""
-    rows = cells(table, "rmsnorm")
-    rows = rows[rows["op"].isin(["", "rmsnorm"]) & (rows["phase"] == "")]
-    elements = pd.to_numeric(rows["rows"]) * pd.to_numeric(rows["hidden"])
-    # Sizes are told apart by powers of two: rows are whole.
-    size = np.log2(elements.astype(float)).round()
-    return rows.assign(size=size, mib=2**size * rows["dtype"].map(WIDTHS).fillna(4) / 2**20)
-
-
-def large_inputs(table: pd.DataFrame) -> pd.DataFrame:
-    """RMSNorm at one size of input: the largest up to 0.5 GiB that a label measured at 3 hidden sizes or more.
-
-    Without this, one line would join inputs that fit in a cache with others that do not. Larger ones are not measured
-    with every backend. Hidden sizes that are no multiple of 8 would be teeth in a line: `rmsnorm_share` shows them.
-    """
-    rows = rmsnorm_alone(table)
-    rows = rows[(rows["mib"] <= LARGE_MIB) & (pd.to_numeric(rows["hidden"]) % 8 == 0)]
-    keys = ["label", "dtype", "direction"]
-    sizes = rows.groupby([*keys, "size"])["hidden"].nunique().clip(upper=3).rename("points").reset_index()
-    best = sizes.sort_values(["points", "size"]).drop_duplicates(keys, keep="last")
-    return rows.merge(best[[*keys, "size"]], on=[*keys, "size"])
-
-
-def rmsnorm(table: pd.DataFrame) -> pd.DataFrame:
-    rows = large_inputs(table)
-    return over_runs(valued(rows, BANDWIDTH), valued(rows, SHARE))
-
-
-def rmsnorm_share(table: pd.DataFrame) -> pd.DataFrame:
-    rows = rmsnorm_alone(table)
-    return over_runs(valued(rows[(rows["mib"] == LARGE_MIB) & (rows["dtype"] == "bf16")], SHARE))
-
-
-def rmsnorm_speedup(table: pd.DataFrame) -> pd.DataFrame:
-    return over_runs(relative(valued(large_inputs(table), BANDWIDTH), "impl", "eager", "speed-up"))
-
-
-def memory(table: pd.DataFrame) -> pd.DataFrame:
-    rows, skipped = cells(table, "vram"), cells(table, "vram", "skipped")
-    out = skipped[skipped["out_of_memory"].eq(True)] if "out_of_memory" in skipped else skipped.iloc[:0]
-    everything = pd.concat([rows, out])
-    full = ["label", *(key for key in CELL if key != "context")]  # where some context ran out
-    limited = everything.merge(out[full].drop_duplicates(), on=full)
-    parts = [valued(rows, quantity) for quantity in (ALLOCATED, USED)]
-    parts += [valued(everything, PREDICTED), valued(limited, CAPACITY), valued(out, EXHAUSTED)]
-    return over_runs(*parts)
-
-
-def decode(table: pd.DataFrame) -> pd.DataFrame:
-    return over_runs(valued(cells(table, "decode"), TOKENS))
-
-
-def ablation(table: pd.DataFrame) -> pd.DataFrame:
-    rows = valued(cells(table, "ablation"), TIME)
-    speed = rows.assign(value=1 / rows["value"], low=1 / rows["high"], high=1 / rows["low"])
-    return over_runs(rows, relative(speed, "impl", "torch", "speed relative to torch"))
-
-
-# --- the plots ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,56 +41,64 @@ LARGEST = "A line has inputs of one size: the largest up to 0.5 GiB that the lab
 PLOTS: dict[str, Plot] = {
     "kv_curve": Plot(
         title="Decoding speed against context, with and without a KV cache",
-        points=kv_speed, empty=NO_KV, x="context", style="cache",
+        points=points.kv_speed, empty=NO_KV, x="context", style="cache",
     ),
     "kv_curve_speedup": Plot(
         title="KV cache: speed with it over speed without it",
-        points=kv_speedup, empty=NO_PAIR, x="context", ignore=("cache",), note=SAME_RUN,
+        points=points.kv_speedup, empty=NO_PAIR, x="context", ignore=("cache",), note=SAME_RUN,
         reference={"speed-up": 1},
     ),
     "kv_curve_panels": Plot(
         title="KV cache: decoding speed, and what the cache gains",
-        points=kv_panels, empty=NO_KV, x="context", style="cache", across=("quantity",), note=SAME_RUN,
+        points=points.kv_panels, empty=NO_KV, x="context", style="cache", across=("quantity",), note=SAME_RUN,
         log=("speed", "speed-up"), reference={"speed-up": 1},
+    ),
+    "kv_time": Plot(
+        title="Time of a token against context, with and without a KV cache, each by its fastest runner",
+        points=points.kv_times, empty=NO_KV, x="context", style="quantity", measure="time of a token",
+        ignore=("cache", "impl"),
+        order=(words("cache", "dense"), words("cache", "none"), points.CROSSOVER), loose=(points.CROSSOVER,),
+        note="Crossover: from there on the cache pays; at the shortest context, from there or before. Between contexts "
+        "that were measured both are lines on logarithmic axes.",
     ),
     "kv_vs_nokv": Plot(
         title="Decoding speed with and without a KV cache at one length",
-        points=kv_one_length, empty="no context at which every label measured kv_cache", style="cache",
+        points=points.kv_one_length, empty="no context at which every label measured kv_cache", style="cache",
         across=("label",), linear=("speed",), note="Each label has its own scale, from zero.",
     ),
     "rmsnorm": Plot(
         title="RMSNorm: bandwidth, and its share of the ceiling measured on the same card",
-        points=rmsnorm, empty="no measured cell of rmsnorm with bytes_per_s", x="hidden", style="impl",
+        points=points.rmsnorm, empty="no measured cell of rmsnorm with bytes_per_s", x="hidden", style="impl",
         across=("quantity", "direction"), down=("dtype",), ignore=("rows",), linear=("share of ceiling",),
         note=LARGEST, reference={"share of ceiling": 100},
     ),
     "rmsnorm_share": Plot(
         title="RMSNorm of 0.5 GiB: share of the copy bandwidth measured on the same card",
-        points=rmsnorm_share, empty="no measured cell of rmsnorm in bf16 with 0.5 GiB of input", x="hidden",
+        points=points.rmsnorm_share, empty="no measured cell of rmsnorm in bf16 with 0.5 GiB of input", x="hidden",
         style="impl", coloured=True, across=("direction",), down=("label",), ignore=("rows",), step=8, height=3.2,
         linear=("share of ceiling",), reference={"share of ceiling": 100},
         note="Marks beside the lines: hidden sizes that are no multiple of 8.",
     ),
     "rmsnorm_speedup": Plot(
         title="RMSNorm: speed-up over eager",
-        points=rmsnorm_speedup,
+        points=points.rmsnorm_speedup,
         empty="no run measured the same rmsnorm cell with eager and with another backend", x="hidden",
         style="impl", across=("direction",), down=("dtype",), ignore=("rows",),
         note=f"{LARGEST}\n{SAME_RUN}", reference={"speed-up": 1},
     ),
     "vram_seq": Plot(
         title="Memory against context: measured, predicted, and where it ran out",
-        points=memory, empty="no measured or out-of-memory cell of vram", x="context", style="quantity",
-        order=(ALLOCATED.text, PREDICTED.text, USED.text, CAPACITY.text, EXHAUSTED.text),
-        unmarked=(PREDICTED.text, CAPACITY.text), loose=(EXHAUSTED.text,), measure="memory",
+        points=points.memory, empty="no measured or out-of-memory cell of vram", x="context", style="quantity",
+        order=tuple(quantity.text for quantity in points.MEMORY), measure="memory",
+        unmarked=(points.PREDICTED.text, points.CAPACITY.text), loose=(points.EXHAUSTED.text,),
     ),
     "tokens_sec": Plot(
-        title="Tokens per second, decoding and prefill",
-        points=decode, empty="no measured cell of decode with tokens_per_s", down=("phase",),
+        title="Tokens per second, decoding and prefill, and the time to the first token",
+        points=points.decode, empty="no measured cell of decode with tokens_per_s", down=("phase", "quantity"),
     ),
     "ablation": Plot(
         title="The RMSNorm backend swapped in the whole model, all else equal",
-        points=ablation, empty="no measured cell of ablation", across=("quantity",), down=("phase",),
+        points=points.ablation, empty="no measured cell of ablation", across=("quantity",), down=("phase",),
         dots=True, note=f"Time: of a token (decode), of a training step (train). {SAME_RUN}",
         reference={"speed relative to torch": 1},
     ),
@@ -303,11 +115,11 @@ PLOTS: dict[str, Plot] = {
 def draw(name: str, table: pd.DataFrame) -> tuple[Figure, pd.DataFrame] | str:
     """A figure and the points that it shows, or one line that says why there is nothing to draw."""
     plot = PLOTS[name]
-    points = plot.points(table) if len(table) else table
-    if points.empty:
+    shown = plot.points(table) if len(table) else table
+    if shown.empty:
         return plot.empty
     with sns.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}), rc_context(STYLE):
-        return plot.figure(plot, points, sorted(set(table["label"]))), points
+        return plot.figure(plot, shown, sorted(set(table["label"]))), shown
 
 
 def save(table: pd.DataFrame, folder: Path, names: Sequence[str] = ()) -> Iterator[tuple[str, list[Path], str]]:
@@ -317,8 +129,8 @@ def save(table: pd.DataFrame, folder: Path, names: Sequence[str] = ()) -> Iterat
         if isinstance(drawn, str):
             yield name, [], drawn
             continue
-        fig, points = drawn
-        contents: dict[str, str | bytes] = {"csv": results.csv_text(points.to_dict("records"), list(points))}
+        fig, shown = drawn
+        contents: dict[str, str | bytes] = {"csv": results.csv_text(shown.to_dict("records"), list(shown))}
         for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             out = io.BytesIO()
             with rc_context(STYLE):

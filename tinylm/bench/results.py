@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinylm.bench import footprint
+
 Row = dict[str, Any]  # a key that is absent does not apply; None: the machine could not tell
 
 IDENTITY = ("label", "suite", "run", "experiment", "outcome", "reason", "group", "name", "fullname")
@@ -40,8 +42,9 @@ EXTRA = (
     *("ceiling_read_bytes_per_s", "ceiling_flops_per_s", "of_ceiling", "timing", "stop_reason", "ci_width", "blocks"),
     *("block_samples", "versus", "ratio", "ratio_low", "ratio_high", "verdict"),
     *("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "predicted_bytes", "out_of_memory"),
+    *footprint.PARTS,
     *("energy_j", "energy_per_token_j", "energy_window_s", "power_w", "sm_clock_hz", "sm_clock_low_hz"),
-    *("temperature_c", "throttle", "flagged_blocks", "error", "sdpa_backend"),
+    *("temperature_c", "throttle", "flagged_blocks", "error", "sdpa_backend", "decoded_tokens", "mean_context"),
 )
 ORIGIN = ("device_name", "device_memory_bytes", "torch", "datetime", "commit", "commit_dirty")
 UNLABELLED = "unlabelled"

@@ -261,9 +261,7 @@ def _energy(machine: Machine, run: _Run, units: int, tokens: float | None) -> di
     return extra | ({"energy_per_token_j": joules / tokens} if tokens else {})
 
 
-def batch(
-    machine: Machine, work: timing.Work, seconds: float, *, from_host: bool = False
-) -> tuple[timing.Work, int]:
+def batch(machine: Machine, work: timing.Work, seconds: float, *, from_host: bool = False) -> tuple[timing.Work, int]:
     """A call that runs `work`, of about `seconds`, many times and waits for the device; and how many.
 
     from_host: launched as it is timed, its waits for the host being part of the work. Else from a graph.

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinylm.bench import results
+from tinylm.bench import footprint, results
 from tinylm.bench import wall as wall_time
 from tinylm.bench.page import sheet
 from tinylm.bench.page.charts import amount, prefixed
@@ -137,6 +137,14 @@ def memory(lines: Sequence[Line], labels: Sequence[str]) -> list[str]:
                 said.append(
                     f"{label}: {name} is {ends} the prediction in {count(len(large), 'cell')} of 1 GiB or more."
                 )
+        split = [line for line in own if all(number(line.get(part)) for part in footprint.PARTS)]
+        if split:
+            spans = []
+            for part in footprint.PARTS:
+                sizes = [line[part] / 2**20 for line in split]
+                span = " to ".join(dict.fromkeys(f"{end(sizes):.0f}" for end in (min, max)))
+                spans.append(f"{part.removesuffix('_bytes')} {span}")
+            said.append(f"{label}: beyond the prediction, in MiB over {count(len(split), 'cell')}: {', '.join(spans)}.")
     return said
 
 
