@@ -56,8 +56,11 @@ def here(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(DEVICE not in needs, reason=reason))
 
 
-# `traced` for `compile`: one test compiles to the end.
-EACH = [here(name) for name in [*RUNNERS, "uncaptured", "traced"] if name != "compile"]
+ALL = [here(name) for name in [*RUNNERS, "uncaptured", "traced"]]
+# On a CPU `traced` stands for `compile`, and one test compiles to the end.
+EACH = [here(name) for name in [*RUNNERS, "uncaptured", "traced"] if name != "compile" or DEVICE == "cuda"]
+# Those that compile anew for each shape, which takes long.
+COMPILING = ("compile", "traced")
 
 
 def prompts_of(model: Transformer, rows: int, tokens: int, seed: int = 1) -> Tensor:

@@ -69,7 +69,9 @@ def test_prefill_refuses_what_is_no_prompt_and_the_cache_of_another_model_or_dev
         (lambda: prefill(model, prompt, of(head_dim=32)), "k of 2 x 32"),
         (lambda: prefill(model, prompt, elsewhere), f"on meta, the model has .* on {DEVICE}"),
         (lambda: prefill(model, prompt, model.new_cache(context=9)), "10 tokens a row are more than the 9"),
+        (lambda: prefill(model, prompt, model.new_cache(context=9), chunk=4), "10 tokens a row are more than the 9"),
         (lambda: prefill(model, prompt, model.new_cache(batch=2)), "1 rows given, the cache has 2"),
+        (lambda: prefill(model, prompt, cache, chunk=0), "chunk is 0"),
     ]
     for call, words in calls:
         refused(call, words)

@@ -273,11 +273,7 @@ class Transformer(nn.Module):
         batch passes the model's context or the cache's room, and for a cache of another model or device.
         """
         self._check_span(batch.span)
-        if cache.made_for != (self.streams(), self.config.layers, self.device):
-            raise ConfigError(
-                f"the cache is for {_listed(*cache.made_for)}, the model has "
-                f"{_listed(self.streams(), self.config.layers, self.device)}: make the cache with model.new_cache()"
-            )
+        self.check_cache(cache)
         plan = cache.plan(batch)
         residual, rotation = self._enter(batch.tokens, batch.positions)
         for layer, block in enumerate(self.blocks):
@@ -287,6 +283,14 @@ class Transformer(nn.Module):
         elif last_only and batch.tokens.shape[1] > 1:
             residual = _pick(residual, batch.lengths - 1 - batch.positions[:, 0])
         return self._project(self._normed(residual))
+
+    def check_cache(self, cache: Cache) -> None:
+        """Raises ConfigError for a cache of another model or device."""
+        if cache.made_for != (self.streams(), self.config.layers, self.device):
+            raise ConfigError(
+                f"the cache is for {_listed(*cache.made_for)}, the model has "
+                f"{_listed(self.streams(), self.config.layers, self.device)}: make the cache with model.new_cache()"
+            )
 
     def _check_span(self, span: int) -> None:
         if span > self.config.context:

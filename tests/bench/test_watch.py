@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm.bench import watch
+from tinylm.bench import trial, watch
 
 
 class Card:
@@ -41,3 +45,25 @@ def test_a_card_without_a_counter_has_no_energy() -> None:
 def test_a_counter_that_stands_still_does_not_run_for_ever() -> None:
     card = Card(0.0, 0.1, 0.001)
     assert watch.energy(card.batch, 1, card.counter, now=card.time) is None
+
+
+@pytest.mark.parametrize("from_host", [False, True])
+def test_what_is_timed_from_the_host_is_launched_from_it_and_the_rest_from_a_graph(from_host: bool) -> None:
+    """So that the energy of a loop is not that of a graph of the whole loop."""
+    done: list[str] = []
+
+    class Gpu:
+        def capture(self, body: Callable[[], None]) -> Any:
+            body()
+            done.append("captured")
+            return SimpleNamespace(replay=lambda: done.append("replay"))
+
+        def drain(self) -> None:
+            done.append("drain")
+
+    machine: Any = SimpleNamespace(gpu=Gpu())
+    run, count = trial.batch(machine, lambda: done.append("work"), watch.ENERGY_BATCH_S / 3, from_host=from_host)
+    assert count == 3
+    run()
+    work = ["work"] * 3
+    assert done == ([*work, "drain"] if from_host else [*work, "captured", "replay", "drain"])

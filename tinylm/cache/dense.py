@@ -52,16 +52,19 @@ class DenseCache:
         self._rows = torch.arange(batch, device=device)[:, None]
         self.made_for = (tuple(streams), layers, self._rows.device)
 
-    def plan(self, batch: Batch) -> DensePlan:
-        """Raises ConfigError if the batch does not fit."""
-        rows, new = batch.tokens.shape
-        if batch.span > self.context:
+    def check_room(self, rows: int, span: int) -> None:
+        if span > self.context:
             raise ConfigError(
-                f"{batch.span} tokens a row are more than the {self.context} that the cache has room for: "
-                f"make it with context={batch.span}"
+                f"{span} tokens a row are more than the {self.context} that the cache has room for: "
+                f"make it with context={span}"
             )
         if rows != len(self._rows):
             raise ConfigError(f"{rows} rows given, the cache has {len(self._rows)}: make it with batch={rows}")
+
+    def plan(self, batch: Batch) -> DensePlan:
+        """Raises ConfigError if the batch does not fit."""
+        rows, new = batch.tokens.shape
+        self.check_room(rows, batch.span)
         span = batch.span
         if not batch.uniform:
             entry = torch.arange(span, device=batch.tokens.device)

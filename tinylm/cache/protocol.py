@@ -71,6 +71,9 @@ class Cache(Protocol):
     dtype: torch.dtype
     nbytes: int
 
+    def check_room(self, rows: int, span: int) -> None:
+        """Raises ConfigError unless it is for so many rows, and has room for `span` entries of each."""
+
     def plan(self, batch: Batch) -> Any:
         """What is the same for all layers of this step: where to write, what to read, the mask."""
 

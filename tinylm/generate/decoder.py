@@ -39,6 +39,8 @@ def prefill(
     are tokens.
     """
     check_prompts(model, tokens, lengths)
+    model.check_cache(cache)
+    cache.check_room(*tokens.shape)  # of all of it: a later part would find out when the first ones are written
     return _fill(model, tokens.to(model.device), cache, lengths, chunk)
 
 
