@@ -9,6 +9,7 @@ into characters as it comes.
 
 import string
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from tinylm.train.step import Step
 
 IMPLS = ["eager", "compile", "graph"]
 # What the published figures of a preset were made with (nanoGPT's benchmark has no biases).
-ALIKE = {"gpt2-124m": {"bias": False}}
+ALIKE: dict[str, dict[str, Any]] = {"gpt2-124m": {"bias": False}}
 OPTIMIZERS = {"gpt2-124m": "adamw"}
 SEEDS = 5
 # nanoGPT's best with a model of that size, after 1750 steps of this batch.
