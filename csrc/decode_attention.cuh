@@ -1,0 +1,310 @@
+// Attention of one new token: block (key head, split) takes a run of positions, for all query heads of the group.
+//
+// A position is always the same block's within a launch: it reads the token's key and value from the exchange, appends them
+// to the cache, and is the only one that reads them there again before the launch ends. So no fence is needed: what a block
+// wrote before a barrier of its own, its threads find after it. Positions from before the launch were there when it began.
+#pragma once
+
+#include "decode.cuh"
+
+namespace tinylm::decode {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A sum of values weighted by 2^score, kept in units of 2^most.
+template <int N>
+struct Weighted {
+  float most = -INFINITY, total = 0.0f;
+  alignas(16) float sum[N] = {};
+
+  // What the sums are to be multiplied by, so that a score up to `next` fits. -inf alone has nothing to multiply.
+  __device__ float raise(float next) {
+    next = fmaxf(most, next);
+    const float by = most == next ? 1.0f : exp2_fast(most - next);
+    most = next;
+    return by;
+  }
+  __device__ float weight(float score) const { return score == -INFINITY ? 0.0f : exp2_fast(score - most); }
+  __device__ void scale(float by) {
+    total *= by;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] *= by;
+  }
+  // Of all lanes whose number differs in bits from `low` up to, not including, `high`.
+  __device__ void meet(int low, int high) {
+    float next = most;
+#pragma unroll 1
+    for (int offset = low; offset < high; offset *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
+    scale(raise(next));
+#pragma unroll 1
+    for (int offset = low; offset < high; offset *= 2) {
+      total += __shfl_xor_sync(~0u, total, offset);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
+    }
+  }
+};
+
+template <typename T>
+struct Attention {
+  Here& here;
+  const Splits& splits;
+  const int group, width;  // query heads of a key head; head_dim
+  const int &kv_head, &split;
+
+  __device__ Attention(Here& here, const Splits& splits)
+      : here(here),
+        splits(splits),
+        group(here.a.shape.heads / here.a.shape.kv_heads),
+        width(here.a.shape.head_dim),
+        kv_head(here.fixed.kv_head),
+        split(here.fixed.split) {}
+
+  __device__ T* ring_keys() const { return reinterpret_cast<T*>(here.shared + here.plan.ring); }
+  __device__ T* ring_values() const { return ring_keys() + 2 * here.plan.tile * width; }
+  // Queries, [group, width], times log2(e) / sqrt(width); key and value of the token; and of every warp, [kWarps, width + 4],
+  // sums, most, total.
+  __device__ float* queries() const { return reinterpret_cast<float*>(here.shared + here.plan.scratch); }
+  __device__ T* newest() const { return reinterpret_cast<T*>(queries() + group * width); }
+  __device__ float* of_warps() const { return reinterpret_cast<float*>(newest() + 2 * width); }
+
+  // Of a run's positions, those before `position`.
+  __device__ int before(int position) const { return min(max(position - split * splits.span, 0), splits.span); }
+  __device__ int64_t row_of(int layer, int position) const {
+    return ((int64_t{layer} * here.a.shape.kv_heads + kv_head) * here.a.context + position) * width;
+  }
+
+  // Asks for keys and values of the run's positions from to `to`, to places of the ring from `place` on.
+  __device__ void ask(int layer, int from, int to, int place) const {
+    const int64_t start = row_of(layer, split * splits.span + from);
+    const T *keys = static_cast<const T*>(here.a.keys) + start, *values = static_cast<const T*>(here.a.values) + start;
+#pragma unroll 1
+    for (int i = here.thread * 8; i < (to - from) * width; i += kThreads * 8) {
+      copy16(reinterpret_cast<uint4*>(ring_keys() + place * width + i), keys + i);
+      copy16(reinterpret_cast<uint4*>(ring_values() + place * width + i), values + i);
+    }
+  }
+  // What of a layer can be there before the token at `position` is: a group of copies.
+  __device__ void prefetch(int layer, int position) const {
+    if (split >= 0) ask(layer, 0, min(before(position), 2 * here.plan.tile), 0);
+    copies_commit();
+  }
+
+  // The token's own vectors, out of the exchange; its key and value into the cache too, if the position is this block's.
+  __device__ void receive(int layer_words, int layer, int position, bool own) const {
+    const Shape& s = here.a.shape;
+    const int asked = group * width / 2, all = asked + (own ? width : 0);
+    const float scale = kLog2e * rsqrtf(static_cast<float>(width));
+    const int at = layer_words + here.plan.at[kQkv];
+#pragma unroll 1
+    for (int j = here.thread; j < all; j += kThreads) {
+      if (j < asked) {
+        const float2 q = take(here.watch, here.words(), at + kv_head * group * width + 2 * j);
+        queries()[2 * j] = q.x * scale, queries()[2 * j + 1] = q.y * scale;
+        continue;
+      }
+      const int i = j - asked, half = width / 2;  // i < half: of the key, else of the value
+      const int head = i < half ? s.heads + kv_head : s.heads + s.kv_heads + kv_head, of_head = i < half ? i : i - half;
+      const unsigned two =
+          narrow2(take(here.watch, here.words(), at + head * width + 2 * of_head), T());
+      reinterpret_cast<unsigned*>(newest())[i] = two;
+      void* stream = i < half ? here.a.keys : here.a.values;
+      reinterpret_cast<unsigned*>(static_cast<T*>(stream) + row_of(layer, position))[of_head] = two;
+    }
+  }
+
+  // Positions from to `to` of the run, place `p - shift` of the ring, or `newest` for the one at `old`: a query head a warp,
+  // its positions shared out among the warps that have the same one, and 8 numbers of a row a lane.
+  struct Lanes {
+    int each, slots, slot, first;  // lanes of a position; positions of a warp at once; of this lane; its numbers' place
+    int head, part, parts;
+  };
+  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int from, int to, int shift,
+                         int old) const {
+    constexpr int kAtOnce = 4;
+    const bool mine = lanes.first < width;
+    const int step = lanes.parts * lanes.slots;
+#pragma unroll 1
+    for (int base = from + lanes.part * lanes.slots; base < to; base += kAtOnce * step) {
+      float score[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int p = base + lanes.slot + u * step;
+        score[u] = 0.0f;
+        if (p < to && mine) {
+          const T* key = p == old ? newest() : ring_keys() + (p - shift) * width;
+          float k[8];
+          unpack(Pack<T>{*reinterpret_cast<const uint4*>(key + lanes.first)}, k);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) score[u] = fmaf(q[i], k[i], score[u]);
+        }
+      }
+#pragma unroll 1
+      for (int offset = 1; offset < lanes.each; offset *= 2) {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) score[u] += __shfl_xor_sync(~0u, score[u], offset);
+      }
+      float most = -INFINITY;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (base + lanes.slot + u * step >= to) score[u] = -INFINITY;
+        most = fmaxf(most, score[u]);
+      }
+      to_add.scale(to_add.raise(most));
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int p = base + lanes.slot + u * step;
+        const float weight = to_add.weight(score[u]);
+        to_add.total += weight;
+        if (p < to && mine) {
+          const T* value = p == old ? newest() + width : ring_values() + (p - shift) * width;
+          float v[8];
+          unpack(Pack<T>{*reinterpret_cast<const uint4*>(value + lanes.first)}, v);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) to_add.sum[i] = fmaf(weight, v[i], to_add.sum[i]);
+        }
+      }
+    }
+  }
+
+  // The phase: attention over this block's positions, into the exchange.
+  __device__ void run(int layer_words, int layer, int position) const {
+    const int old = before(position);
+    const bool own = position >= split * splits.span && position < (split + 1) * splits.span;
+    const int count = old + (own ? 1 : 0);
+    if (split < 0 || count == 0) return;
+    here.watch.where = layer * 16 + kAttention;
+    receive(layer_words, layer, position, own);
+    copies_left<4>();
+    __syncthreads();
+
+    Lanes lanes;
+    lanes.each = 1;
+    while (lanes.each * 8 < width) lanes.each *= 2;
+    lanes.slots = 32 / lanes.each, lanes.slot = here.lane / lanes.each, lanes.first = here.lane % lanes.each * 8;
+    lanes.parts = kWarps / group, lanes.part = here.warp / group, lanes.head = here.warp % group;
+    const bool busy = lanes.part < lanes.parts;
+    alignas(16) float q[8] = {};
+    if (lanes.first < width) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 4)
+        *reinterpret_cast<float4*>(q + i) =
+            *reinterpret_cast<const float4*>(queries() + lanes.head * width + lanes.first + i);
+    }
+    Weighted<8> sum;
+    // A long run goes through the ring half by half: one is read while the other is filled. The first two were asked for a
+    // layer ago.
+    const bool whole = count <= 2 * here.plan.tile;
+    const int tile = whole ? count : here.plan.tile, tiles = (count + tile - 1) / tile;
+#pragma unroll 1
+    for (int t = 0; t < tiles; ++t) {
+      if (t >= 2) {
+        t + 1 < tiles ? copies_left<1>() : copies_left<0>();
+        __syncthreads();
+      }
+      if (busy) attend(sum, lanes, q, t * tile, min(count, (t + 1) * tile), (t & ~1) * tile, old);
+      if (t + 2 < tiles) {
+        __syncthreads();
+        ask(layer, (t + 2) * tile, min(old, (t + 3) * tile), (t & 1) * tile);
+        copies_commit();
+      }
+    }
+    sum.meet(lanes.each, 32);
+    const int pitch = width + 4;
+    if (busy && lanes.slot == 0 && lanes.first < width) {
+      float* to = of_warps() + here.warp * pitch;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4)
+        *reinterpret_cast<float4*>(to + lanes.first + i) = *reinterpret_cast<const float4*>(sum.sum + i);
+      if (lanes.first == 0) to[width] = sum.most, to[width + 1] = sum.total;
+    }
+    __syncthreads();
+    const int pair = here.thread;
+    if (pair >= group * width / 2) return;
+    const int head = 2 * pair / width, of_head = 2 * pair % width;
+    Weighted<2> both;
+    for (int part = 0; part < lanes.parts; ++part)
+      both.most = fmaxf(both.most, of_warps()[(part * group + head) * pitch + width]);
+#pragma unroll 2
+    for (int part = 0; part < lanes.parts; ++part) {
+      const float* from = of_warps() + (part * group + head) * pitch;
+      const float weight = both.weight(from[width]);
+      both.total = fmaf(weight, from[width + 1], both.total);
+      both.sum[0] = fmaf(weight, from[of_head], both.sum[0]);
+      both.sum[1] = fmaf(weight, from[of_head + 1], both.sum[1]);
+    }
+    const float by = 1.0f / both.total;
+    const int query_head = kv_head * group + head;
+    const int row = query_head * width + of_head, all = here.a.shape.heads * width;
+    here.put_pair(layer_words + (splits.count == 1 ? here.plan.at_attention : here.plan.at_parts + split * all) + row,
+                  both.sum[0] * by, both.sum[1] * by);
+    if (splits.count > 1 && of_head == 0) {
+      const float lse = both.most + log2f(both.total);
+      here.put_pair(layer_words + here.plan.at_lse + 2 * (split * here.a.shape.heads + query_head), lse, lse);
+    }
+  }
+
+  // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
+  static constexpr int kFew = 4;
+  __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
+    const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = row / here.a.shape.head_dim;
+    int at[2 * kFew];
+    float2 got[2 * kFew];
+    int n = 0;
+#pragma unroll
+    for (int k = 0; k < kFew; ++k) {
+      const int split = min(first + k * step, end - 1);
+      at[2 * k] = layer_words + here.plan.at_parts + split * all + row;
+      at[2 * k + 1] = layer_words + here.plan.at_lse + 2 * (split * heads + head);
+      if (first + k * step < end) n = 2 * k + 2;
+    }
+    take<2 * kFew>(here.watch, here.words(), at, n, got);
+    float most = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kFew; ++k)
+      if (2 * k < n) most = fmaxf(most, got[2 * k + 1].x);
+    sum.scale(sum.raise(most));
+#pragma unroll
+    for (int k = 0; k < kFew; ++k) {
+      const float weight = 2 * k < n ? sum.weight(got[2 * k + 1].x) : 0.0f;
+      sum.total += weight;
+      sum.sum[0] = fmaf(weight, got[2 * k].x, sum.sum[0]), sum.sum[1] = fmaf(weight, got[2 * k].y, sum.sum[1]);
+    }
+  }
+
+  // Where there are many runs, the block of a key head's first one adds up their results: several lanes a pair of numbers.
+  __device__ void combine(int layer_words, int layer, int position) const {
+    if (split != 0) return;
+    here.watch.where = layer * 16 + kCombine;
+    const int pairs = group * width / 2, end = position / splits.span + 1;
+    int each = 1;
+    while (each < 32 && 2 * each * pairs <= kThreads) each *= 2;
+    const int pair = here.thread / each, of_pair = here.thread % each, row = kv_head * group * width + 2 * pair;
+    Weighted<2> sum;
+    if (pair < pairs)
+#pragma unroll 1
+      for (int first = of_pair; first < end; first += kFew * each) add(here, sum, layer_words, row, first, each, end);
+    sum.meet(1, each);
+    if (pair < pairs && of_pair == 0)
+      here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] / sum.total, sum.sum[1] / sum.total);
+  }
+
+  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, wherever they are.
+  __device__ static float2 result(Here& here, const Splits& splits, int layer_words, int position, int pair) {
+    if (splits.count == 1 || splits.count > here.a.few_splits)
+      return take(here.watch, here.words(), layer_words + here.plan.at_attention + 2 * pair);
+    Weighted<2> sum;
+    const int end = position / splits.span + 1;
+#pragma unroll 1
+    for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);
+    return make_float2(sum.sum[0] / sum.total, sum.sum[1] / sum.total);
+  }
+};
+
+}  // namespace tinylm::decode

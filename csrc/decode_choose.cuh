@@ -1,0 +1,253 @@
+// The next token: the likeliest, which every block finds for itself, or a draw, which block 0 makes.
+//
+// All blocks come by here before any starts the next token, and each has found all that it waits for in this one by then. So a
+// word of the exchange is written again only after all that read it have. What is passed on here itself is still being read
+// when the next token begins, and has two places, for tokens of even and of odd number.
+#pragma once
+
+#include "decode.cuh"
+
+namespace tinylm::decode {
+
+// Orders (value, index) as an integer: the larger value, then the smaller index.
+__device__ inline unsigned ordered(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline uint64_t rank_key(float value, int index) {
+  return uint64_t{ordered(value)} << 32 | ~static_cast<unsigned>(index);
+}
+__device__ inline int index_of(uint64_t key) { return static_cast<int>(~static_cast<unsigned>(key)); }
+__device__ inline float value_of(uint64_t key) {
+  const unsigned bits = static_cast<unsigned>(key >> 32);
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+__device__ inline uint64_t largest(uint64_t key) {  // of a warp
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const uint64_t other = __shfl_xor_sync(~0u, key, offset);
+    key = other > key ? other : key;
+  }
+  return key;
+}
+// Of a block; two barriers, the first one before anything is read.
+__device__ inline uint64_t largest_of_block(Here& here, uint64_t key) {
+  key = largest(key);
+  if (here.lane == 0) here.fixed.keys[here.warp] = key;
+  __syncthreads();
+  key = largest(here.fixed.keys[here.lane % kWarps]);
+  __syncthreads();
+  return key;
+}
+
+// ---- Sampling, as tinylm.generate.sampling has it: argmax(p / noise) among the top k, noise of Exponential(1) that is a
+// pure function of the row's seed, the position and the token (SplitMix64).
+
+__device__ inline float log_noise(uint64_t state) {
+  uint64_t x = (state ^ state >> 30) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+  x = (x ^ x >> 31) & 0x7fffffffffffffffull;
+  const float uniform = fminf(fmaxf(__ll2float_rn(static_cast<long long>(x)) * 0x1p-63f, 0x1p-63f), 1.0f - 0x1p-24f);
+  return logf(-log1pf(-uniform));
+}
+
+struct Sampler {
+  Here& here;
+  float* cached;       // null: logits are read from the exchange again each time
+  int* bins;           // [kBins]
+  float* candidates;   // [kCandidates]
+  const int vocab;
+
+  __device__ explicit Sampler(Here& here)
+      : here(here),
+        cached(here.plan.logits >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.logits) : nullptr),
+        vocab(here.a.shape.vocab) {
+    const Shape& s = here.a.shape;
+    const int attention = s.heads / s.kv_heads * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4);
+    bins = reinterpret_cast<int*>(here.shared + here.plan.scratch) + (attention + 31) / 32 * 32;
+    candidates = reinterpret_cast<float*>(bins + kBins);
+  }
+
+  __device__ float logit(int i) const {
+    if (cached != nullptr) return cached[i];
+    return __uint_as_float(static_cast<unsigned>(
+        reinterpret_cast<const volatile uint64_t*>(here.a.exchange)[here.plan.at_logits + i]));
+  }
+
+  // Waits for all logits, and for all blocks: those without a row of the head have read their last too. The extremes, as
+  // keys: of the largest, and of the smallest with its sign turned.
+  __device__ void receive(uint64_t& most, uint64_t& least) const {
+    for (int j = here.thread; j < here.plan.blocks; j += kThreads)
+      take(here.watch, here.a.exchange, here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
+    constexpr int kFew = 4;
+    most = least = 0;
+    const int pairs = (vocab + 1) / 2;
+    for (int j = here.thread; j < pairs; j += kFew * kThreads) {
+      int at[kFew];
+      float2 got[kFew];
+      const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
+#pragma unroll
+      for (int k = 0; k < kFew; ++k) at[k] = here.plan.at_logits + 2 * (j + k * kThreads);
+      take<kFew>(here.watch, here.a.exchange, at, n, got);
+#pragma unroll
+      for (int k = 0; k < kFew; ++k) {
+        const int i = 2 * (j + k * kThreads);
+        if (k >= n) continue;
+        const bool both = i + 1 < vocab;
+        if (cached != nullptr) {
+          cached[i] = got[k].x;
+          if (both) cached[i + 1] = got[k].y;
+        }
+        const uint64_t high = rank_key(both ? fmaxf(got[k].x, got[k].y) : got[k].x, i);
+        const uint64_t low = rank_key(-(both ? fminf(got[k].x, got[k].y) : got[k].x), i);
+        most = high > most ? high : most;
+        least = low > least ? low : least;
+      }
+    }
+    most = largest_of_block(here, most);
+    least = largest_of_block(here, least);
+  }
+
+  // The k-th largest logit, all being from low to high. Each turn bins what is left between the two and goes on with the
+  // bin that it is in, until that is small enough to be sorted out by comparing all with all.
+  __device__ float kth_largest(int k, float low, float high) const {
+    Static& f = here.fixed;
+    int need = k;
+    while (low < high) {
+      const float scale = (kBins - 1) / (high - low);
+      auto bin_of = [&](float v) { return min(kBins - 1, max(0, static_cast<int>((v - low) * scale))); };
+      if (here.thread < kBins) bins[here.thread] = 0;
+      if (here.thread == 0) f.count = 0;
+      __syncthreads();
+      for (int i = here.thread; i < vocab; i += kThreads) {
+        const float v = logit(i);
+        if (v >= low && v <= high) atomicAdd(&bins[bin_of(v)], 1);
+      }
+      __syncthreads();
+      if (here.warp == 0) {
+        constexpr int kEach = kBins / 32;
+        const int base = (31 - here.lane) * kEach;  // lane 0 has the highest
+        int own = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) own += bins[base + i];
+        int above = own;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const int other = __shfl_up_sync(~0u, above, offset);
+          if (here.lane >= offset) above += other;
+        }
+        above -= own;
+        if (above < need && need <= above + own) {
+          int i = kEach - 1;
+          while (i > 0 && above + bins[base + i] < need) above += bins[base + i--];
+          f.bin = base + i, f.need = need - above;
+        }
+      }
+      __syncthreads();
+      const int bin = f.bin, members = bins[bin];
+      need = f.need;
+      if (members <= kCandidates) {
+        for (int i = here.thread; i < vocab; i += kThreads) {
+          const float v = logit(i);
+          if (v >= low && v <= high && bin_of(v) == bin) {
+            const int place = atomicAdd(&f.count, 1);
+            if (place < kCandidates) candidates[place] = v;
+          }
+        }
+        __syncthreads();
+        for (int i = here.thread; i < members; i += kThreads) {
+          const float v = candidates[i];
+          int larger = 0, equal = 0;
+          for (int j = 0; j < members; ++j) larger += candidates[j] > v, equal += candidates[j] == v;
+          if (larger < need && need <= larger + equal) f.extremes[0][0] = v;  // all that do have the same
+        }
+        __syncthreads();
+        return f.extremes[0][0];
+      }
+      uint64_t most = 0, least = 0;
+      for (int i = here.thread; i < vocab; i += kThreads) {
+        const float v = logit(i);
+        if (!(v >= low && v <= high && bin_of(v) == bin)) continue;
+        const uint64_t up = rank_key(v, 0), down = rank_key(-v, 0);
+        most = up > most ? up : most;
+        least = down > least ? down : least;
+      }
+      const float next_high = value_of(largest_of_block(here, most)), next_low = -value_of(largest_of_block(here, least));
+      // Members of one bin alone are left, so this ends; unless numbers are not numbers.
+      if (!(next_low > low || next_high < high)) return low;
+      low = next_low, high = next_high;
+    }
+    return low;
+  }
+
+  // The token for `place`; the same to all threads of the block.
+  __device__ int draw(int64_t place) const {
+    uint64_t most, least;
+    receive(most, least);
+    const float high = value_of(most), low = -value_of(least);
+    const bool all = here.a.top_k <= 0 || here.a.top_k >= vocab;
+    const float threshold = all ? low : kth_largest(here.a.top_k, low, high);
+    const float by = 1.0f / here.a.temperature;
+    const uint64_t state = here.a.noise_start + static_cast<uint64_t>(place) * here.a.noise_stride;
+    uint64_t best = 0;
+    for (int i = here.thread; i < vocab; i += kThreads) {
+      const float v = logit(i);
+      if (!(v >= threshold)) continue;
+      const uint64_t key =
+          rank_key((v - high) * by - log_noise(state + static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull), i);
+      best = key > best ? key : best;
+    }
+    return index_of(largest_of_block(here, best));
+  }
+};
+
+// The token for `place`, of each lane's best logit so far; the same to all threads of all blocks. -1: a block gave up.
+__device__ inline int choose(Here& here, uint64_t best, int64_t place) {
+  Static& f = here.fixed;
+  const Plan& plan = here.plan;
+  const int blocks = plan.blocks, turn = here.watch.tag % 2;
+  const int at_best = plan.at_best + turn * blocks * 2, at_id = plan.at_id + turn * 2;
+  best = largest(best);
+  if (here.lane == 0) f.keys[here.warp] = best;
+  __syncthreads();
+  if (here.warp == 0) {
+    best = largest(f.keys[here.lane % kWarps]);
+#pragma unroll 1
+    for (int copy = here.lane; copy < here.a.copies; copy += 32)
+      put_words(here.words_of(copy) + at_best + 2 * here.block,
+                word(value_of(best), here.watch.tag), word(__int_as_float(index_of(best)), here.watch.tag));
+  }
+  int chosen = 0;
+  if (here.a.temperature == 0.0f) {
+    if (here.warp == 0) {
+      constexpr int kFew = 5;  // 160 blocks at once
+      uint64_t key = 0;
+      for (int j = here.lane; j < blocks; j += kFew * 32) {
+        int at[kFew];
+        float2 got[kFew];
+        const int n = min(kFew, (blocks - j + 31) / 32);
+#pragma unroll
+        for (int k = 0; k < kFew; ++k) at[k] = at_best + 2 * (j + k * 32);
+        take<kFew>(here.watch, here.words(), at, n, got);
+#pragma unroll
+        for (int k = 0; k < kFew; ++k) {
+          const uint64_t other = k < n ? rank_key(got[k].x, __float_as_int(got[k].y)) : 0;
+          key = other > key ? other : key;
+        }
+      }
+      chosen = index_of(largest(key));
+    }
+  } else if (here.block == 0) {
+    __syncthreads();  // keys are read above
+    chosen = Sampler(here).draw(place);
+    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen));
+  } else if (here.thread == 0) {
+    chosen = __float_as_int(take(here.watch, here.words(), at_id).x);
+  }
+  if (here.thread == 0) f.chosen = min(max(chosen, 0), here.a.shape.vocab - 1);
+  if (here.watch.dead) f.dead = 1;
+  __syncthreads();
+  return f.dead ? -1 : f.chosen;
+}
+
+}  // namespace tinylm::decode

@@ -1,0 +1,114 @@
+// How a decode step's work is shared out among blocks and warps, and what waits in shared memory.
+#include <algorithm>
+
+#include "decode.h"
+
+namespace tinylm::decode {
+namespace {
+
+constexpr int kFixed = 3 * 1024;        // bytes of the kernel's static shared memory, and to spare
+constexpr int kMostPositions = 512;     // of a ring: more of them are read in turns
+constexpr int kFewestPositions = 16;
+constexpr int kMostCachedLogits = 8192;
+
+int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+Matrix share(int units, int width, int rows, int run, int skip, int apart, int blocks) {
+  Matrix m{};
+  m.units = units, m.width = width, m.rows = rows, m.run = run, m.skip = skip, m.apart = apart;
+  m.parts = 1, m.slot = -1;
+  while (up((width + m.parts - 1) / m.parts, kPassColumns) > kMostPasses * kPassColumns) m.parts *= 2;
+  m.columns = up((width + m.parts - 1) / m.parts, kPassColumns);
+  m.passes = m.columns / kPassColumns;
+  m.stride = kWarps / m.parts;
+  m.each = ((units + blocks - 1) / blocks + m.stride - 1) / m.stride;
+  return m;
+}
+
+}  // namespace
+
+int Matrix::bytes(int blocks) const {
+  const int most = (units + blocks - 1) / blocks;
+  return std::min(kWarps, most * parts) * each * rows * passes * 512;
+}
+
+const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan* plan) {
+  const int group = s.kv_heads > 0 ? s.heads / s.kv_heads : 0, width = s.heads * s.head_dim;
+  if (s.dim < 8 || s.dim > kMostWidth || s.dim % 8) return "dim must be a multiple of 8, at most 1024";
+  if (s.head_dim < 8 || s.head_dim > 128 || s.head_dim % 8) return "head_dim must be a multiple of 8, at most 128";
+  if (width > kMostWidth) return "heads * head_dim must be at most 1024";
+  if (group < 1 || group > kMostGroup || s.heads % s.kv_heads) return "kv_heads must divide heads, by at most 16";
+  if (s.layers < 1 || s.layers > kMostLayers) return "at most 64 layers";
+  if (s.d_ff < 8 || s.d_ff % 8 || s.d_ff > 8 * kMostWidth) return "d_ff must be a multiple of 8, at most 8192";
+  if (s.vocab < 1 || s.vocab > 1 << 20) return "vocab_size must be at most 2^20";
+  if (blocks < s.kv_heads) return "the card has fewer multiprocessors than the model has kv_heads";
+  Plan p{};
+  p.blocks = blocks;
+  const int half = s.head_dim / 2, heads = s.heads + 2 * s.kv_heads;
+  p.products[kQkv] = share(heads * half, s.dim, 2, half, half, half, blocks);  // pairs that RoPE turns
+  p.products[kOut] = share(s.dim, width, 1, s.dim, 0, 0, blocks);
+  p.products[kGateUp] = share(s.d_ff, s.dim, 2, s.d_ff, 0, s.d_ff, blocks);  // a number's gate and the number itself
+  p.products[kDown] = share(s.dim, s.d_ff, 1, s.dim, 0, 0, blocks);
+  p.products[kHead] = share((s.vocab + 1) / 2, s.dim, 2, 1, 1, 1, blocks);
+  p.most_splits = blocks / s.kv_heads;
+
+  for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
+  int at = 2 * 4 * p.act;
+  p.scratch = at;
+  // Queries, newest key and value, and every warp's m, l, o.
+  at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
+  if (sampled) at += 4 * (kBins + kCandidates);
+  const int room = shared - kFixed;
+  p.logits = -1;
+  if (sampled && s.vocab <= kMostCachedLogits && at + 4 * up(s.vocab, 4) <= room / 2) {
+    p.logits = at;
+    at += 4 * up(s.vocab, 32);
+  }
+  const int position = 2 * 2 * s.head_dim;  // bytes of a key and a value
+  // Keys and values go first, but leave most of a small shared memory to weights.
+  const int least = std::clamp(room / 4 / position / 16 * 16, kFewestPositions, 128);
+  if (at + least * position > room) return "it takes more shared memory than the card has";
+  int left = room - at - least * position;
+  for (Matrix& m : p.products) {
+    const int bytes = m.bytes(blocks);
+    if (bytes > left) continue;
+    m.slot = at;
+    at += bytes, left -= bytes;
+  }
+  p.ring = at;
+  p.tile = std::min(kMostPositions, least + left / position / 16 * 16) / 2;
+  p.shared = p.ring + 2 * p.tile * position;
+
+  int words = 0;
+  auto take = [&words](int count) {
+    const int start = words;
+    words += up(count, 16);  // lines of 128 bytes
+    return start;
+  };
+  p.at[kQkv] = take(heads * s.head_dim);
+  p.at_parts = take(p.most_splits * width);
+  p.at_lse = take(2 * p.most_splits * s.heads);
+  p.at_attention = take(width);
+  p.at[kOut] = take(s.dim * p.products[kOut].parts);
+  p.at[kGateUp] = take(s.d_ff);
+  p.at[kDown] = take(s.dim * p.products[kDown].parts);
+  p.layer = words;
+  words *= s.layers;
+  p.at_logits = take(sampled ? 2 * p.products[kHead].units : 0);
+  p.at_best = take(2 * 2 * blocks);  // of tokens of even and of odd number
+  p.at_id = take(2 * 2);
+  p.words = words;
+  *plan = p;
+  return nullptr;
+}
+
+Splits make_splits(const Plan& plan, int end, int few, int target) {
+  const int most = std::min(2 * plan.tile, 2 * target);  // positions that a block still takes for few parts
+  int count = (end + target - 1) / target;
+  if (count > few && (end + most - 1) / most <= few) count = few;
+  count = std::clamp(count, 1, plan.most_splits);
+  const int span = (end + count - 1) / count;
+  return {(end + span - 1) / span, span};
+}
+
+}  // namespace tinylm::decode
