@@ -75,13 +75,13 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], vocab_size: int, device: torch.device | str) -> None:
         first = torch.tensor([[_signed(seed)] for seed in seeds], device=device)
-        self._starts = splitmix(first)  # (B, 1): neighbouring seeds start far from each other
+        self.starts = splitmix(first)  # (B, 1) int64: neighbouring seeds start far from each other
         self._tokens = torch.arange(vocab_size, device=device) * STEP
-        self._stride = _signed(vocab_size * STEP)
+        self.stride = _signed(vocab_size * STEP)
 
     def at(self, places: Tensor) -> Tensor:
         """(B, V) fp32, positive and finite, for the tokens at places (B, 1) or (1,) int64 of their rows."""
-        bits = splitmix(self._starts + places * self._stride + self._tokens) & ((1 << 63) - 1)
+        bits = splitmix(self.starts + places * self.stride + self._tokens) & ((1 << 63) - 1)
         # The smallest of the noise decide, so it is fine near 0: of 63 bits, where -log of a 24-bit uniform
         # has steps of 6e-8, too coarse for tokens of that probability. Not 0, since 0 / 0 would pick the
         # impossible; not 1, since the noise would be infinite.

@@ -11,12 +11,13 @@ from tinylm.config import ConfigError
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners.compile import Compile
 from tinylm.generate.runners.eager import Eager
+from tinylm.generate.runners.fused import Fused
 from tinylm.generate.runners.graph import Graph
 from tinylm.generate.runners.protocol import Runner, RunnerWarning, Unable
 
 __all__ = ["RUNNERS", "Runner", "RunnerWarning", "Unable", "choose", "start"]
 
-RUNNERS: dict[str, type[Runner]] = {"eager": Eager, "graph": Graph, "compile": Compile}
+RUNNERS: dict[str, type[Runner]] = {"eager": Eager, "graph": Graph, "compile": Compile, "fused": Fused}
 
 
 def choose(name: str, device: str) -> type[Runner]:

@@ -1,0 +1,143 @@
+"""One kernel for many tokens, csrc/decode.cu: for small models, whose steps are bound by the time between kernels.
+
+It does LLaMA-style models of at most 1,024 dimensions in bf16 or fp16, one row at a time, with a dense cache, which any
+other runner may continue. It adds up the residual stream in fp32, so its logits are nearer to those of an fp32 model
+than the other runners' are, and not the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar
+
+import torch
+
+from tinylm.attention import Rope
+from tinylm.cache import DenseCache
+from tinylm.config import ModelConfig
+from tinylm.generate.loop import Loop
+from tinylm.generate.runners.protocol import Unable
+from tinylm.ops import native
+
+DTYPES = (torch.bfloat16, torch.float16)
+PARTS = {"norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "attention": "gqa", "bias": False}
+POSITIONS = ("rope", "none")
+# What a launch waits for, as csrc/decode.h and decode.cuh number it.
+WAITS = ("qkv", "out", "gate_up", "down", "head", "attention", "combine", "choice")
+
+
+class Fused:
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    granularity: ClassVar[int | None] = 1
+    fallback: ClassVar[dict[str, str]] = {"cuda": "graph"}
+
+    tokens_per_launch: ClassVar[int] = 128  # a launch costs some 10 us, and runs of positions are shared out for it
+    copies: ClassVar[int] = 4  # of what blocks exchange
+    few_splits: ClassVar[int] = 4  # runs of positions whose results every reader adds up, without a phase of its own
+    split_tokens: ClassVar[int] = 192  # positions in a run, if the card has blocks enough
+    leave: ClassVar[int] = 0  # parts to leave out, to see what they take: 1 attention, 2 MLP, 4 head
+
+    def __init__(self, loop: Loop) -> None:
+        if (why := unsupported(loop)) is not None:
+            raise Unable(why)
+        try:
+            missing = native.cuda_missing()
+        except native.NativeError as error:
+            missing = str(error)
+        if missing is not None:
+            raise Unable(missing)
+        self._loop, model, config = loop, loop.model, loop.model.config
+        device = model.device
+        card = torch.cuda.get_device_properties(device)
+        try:
+            words = torch.ops.tinylm.decode_plan(
+                shape_of(config, loop.vocab_size), loop.noise is not None, card.multi_processor_count,
+                card.shared_memory_per_block_optin, 1, self.few_splits, self.split_tokens,
+            )[0]  # fmt: skip
+        except RuntimeError as error:
+            raise Unable(_told(error)) from None
+        self._weights = [model.embed.weight, model.head_weight, model.norm.weight]
+        for block in model.blocks:
+            self._weights += [block.attention_norm.weight, block.attention.qkv.weight, block.attention.out.weight]
+            self._weights += [block.mlp_norm.weight, block.mlp.gate_up.weight, block.mlp.down.weight]
+        rope = model.positions
+        self._rope = rope.tables(device, torch.float32) if isinstance(rope, Rope) else torch.empty(0, device=device)
+        # Words of {value, tag}: a tag is the number of a token, and no two tokens of this exchange have the same.
+        self._exchange = torch.zeros(self.copies * words, dtype=torch.int64, device=device)
+        self._epoch = 1
+        self._status = torch.zeros(4, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(4, dtype=torch.int32, pin_memory=True)
+        self._stops = torch.zeros(0, dtype=torch.int64, device=device)
+        noise = loop.noise
+        self._noise = (int(noise.starts), noise.stride) if noise is not None else (0, 0)
+        try:
+            self._launch(loop.prompt_tokens, 0)  # checks all that a launch needs
+        except RuntimeError as error:
+            raise Unable(_told(error)) from None
+
+    def stop_at(self, ids: Collection[int]) -> None:
+        """From one of these ids on, a launch repeats it, and does no more work."""
+        self._stops = torch.tensor(sorted(ids), dtype=torch.int64, device=self._loop.model.device)
+
+    def advance(self, known: int, tokens: int) -> None:
+        """Raises RuntimeError where an earlier launch failed, as far as that is known; see `check`."""
+        self._raise()
+        for done in range(0, tokens, self.tokens_per_launch):
+            self._launch(known + done, min(self.tokens_per_launch, tokens - done))
+        self._seen.copy_(self._status, non_blocking=True)
+
+    def check(self) -> None:
+        """Waits for all launches. Raises RuntimeError if one failed: the ids it was to give are -1."""
+        torch.cuda.synchronize(self._loop.model.device)
+        self._raise()
+
+    def _raise(self) -> None:
+        what, where, *_ = self._seen.tolist()
+        if what:
+            layer, wait = divmod(where, 16)
+            told = {1: f"waited in vain for the input of {WAITS[wait]} in layer {layer}", 2: "met no token to start from"}
+            raise RuntimeError(f"the fused decode kernel {told[what]}: its ids mean nothing; use runner 'graph'")
+
+    def _launch(self, position: int, tokens: int) -> None:
+        loop, config = self._loop, self._loop.model.config
+        assert isinstance(loop.cache, DenseCache)
+        if self._epoch + tokens >= 1 << 31:
+            self._exchange.zero_()
+            self._epoch = 1
+        torch.ops.tinylm.decode(
+            self._weights, self._rope, loop.cache.streams["k"], loop.cache.streams["v"], loop.ids.view(-1),
+            loop.position.view(-1), self._stops, self._exchange, self._status, config.heads, loop.vocab_size,
+            position, tokens, self._epoch, config.norm_eps, loop.sampling.temperature, loop.sampling.top_k or 0,
+            *self._noise, self.copies, self.few_splits, self.split_tokens, self.leave,
+        )  # fmt: skip
+        self._epoch += tokens
+
+
+def shape_of(config: ModelConfig, vocab_size: int) -> list[int]:
+    """As `decode_plan` takes it."""
+    return [
+        config.dim, config.layers, config.heads, config.kv_heads, config.head_dim, config.d_ff, vocab_size,
+    ]  # fmt: skip
+
+
+def unsupported(loop: Loop) -> str | None:
+    """Why the kernel is not for this loop, in one line, as far as the card does not decide; None if it is."""
+    model, config, cache = loop.model, loop.model.config, loop.cache
+    for field, value in PARTS.items():
+        if getattr(config, field) != value:
+            return f"it decodes models of {field} {value!r}, this one has {getattr(config, field)!r}"
+    if config.positions not in POSITIONS:
+        return f"it decodes models of positions {' or '.join(POSITIONS)}, this one has {config.positions!r}"
+    if model.dtype not in DTYPES:
+        return f"it decodes bf16 and fp16, the model is in {str(model.dtype).removeprefix('torch.')}"
+    if not isinstance(cache, DenseCache) or cache.dtype != model.dtype:
+        return "it decodes with a dense cache in the model's dtype"
+    if len(loop.ids) != 1:
+        return f"it decodes one row, {len(loop.ids)} are given"
+    if loop.sampling.temperature and (loop.sampling.top_p or 1) < 1:
+        return "it draws with temperature and top_k, not with top_p"
+    return None
+
+
+def _told(error: RuntimeError) -> str:
+    return str(error).splitlines()[0]
