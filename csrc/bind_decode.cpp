@@ -130,6 +130,7 @@ void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values
   a.exchange_words = exchange.numel();
   a.first_position = first_position;
   a.noise_start = static_cast<uint64_t>(noise_start), a.noise_stride = static_cast<uint64_t>(noise_stride);
+  a.inverse_dim = 1.0f / static_cast<float>(dim);
   a.eps = static_cast<float>(eps), a.temperature = static_cast<float>(temperature);
   a.epoch = static_cast<uint32_t>(epoch);
   a.tokens = static_cast<int>(tokens), a.stop_count = static_cast<int>(stops.numel());

@@ -64,7 +64,7 @@ struct Step {
       const int n = min(kFew, parts - p);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (here.thread * parts + p + k);
-      take<kFew>(here.watch, here.words(), at, n, got);
+      take<kFew>(here.watch, here.words, at, n, got);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) {
         if (k >= n) break;
@@ -87,14 +87,15 @@ struct Step {
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(~0u, square, offset);
     }
-    if (here.lane == 0) here.fixed.squares[turn][here.warp] = square;
+    if (here.lane == 0) reinterpret_cast<float*>(here.fixed.squares[turn])[here.warp] = square;
   }
   // The factor that is still missing then.
   __device__ float rstd() const {
-    float sum = 0.0f;
+    const float4(&s)[kWarps / 4] = here.fixed.squares[turn];
+    float4 sum = {};
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += here.fixed.squares[turn][warp];
-    return rsqrtf(sum / static_cast<float>(a.shape.dim) + a.eps);
+    for (int i = 0; i < kWarps / 4; ++i) sum.x += s[i].x, sum.y += s[i].y, sum.z += s[i].z, sum.w += s[i].w;
+    return rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * a.inverse_dim + a.eps);
   }
   // A vector out of the exchange.
   __device__ void fill(float* to, int pairs, int words) const {
@@ -106,7 +107,7 @@ struct Step {
       const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (j + k * kThreads);
-      take<kFew>(here.watch, here.words(), at, n, got);
+      take<kFew>(here.watch, here.words, at, n, got);
 #pragma unroll
       for (int k = 0; k < kFew; ++k)
         if (k < n) *reinterpret_cast<float2*>(to + act_at(2 * (j + k * kThreads))) = got[k];
@@ -123,14 +124,14 @@ struct Step {
     value *= rstd;
     const float other = __shfl_xor_sync(~0u, value, 16);
     if (product == kQkv) {
-      const int pair = unit % half;
+      const int run = run_of(plan.products[kQkv], unit), pair = unit - run * half;
       if (unit < (a.shape.heads + a.shape.kv_heads) * half) {
         const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
         value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
       }
-      here.put(words + plan.at[kQkv] + unit + unit / half * half + (lane < 16 ? 0 : half), value, lane % 16);
+      here.put(words + plan.at[kQkv] + unit + run * half + (lane < 16 ? 0 : half), value, lane % 16);
     } else if (product == kGateUp) {
-      if (lane < 16) here.put(words + plan.at[kGateUp] + unit, value / (1.0f + exp2_fast(-kLog2e * value)) * other, lane);
+      if (lane < 16) here.put(words + plan.at[kGateUp] + unit, __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other, lane);
     } else {
       const int token = 2 * unit + (lane < 16 ? 0 : 1);
       const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
@@ -144,7 +145,7 @@ struct Step {
   __device__ int run(int token, int position, const Splits& splits) {
     const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim;
     if (a.rope != nullptr && here.thread < a.shape.head_dim) {
-      const int half = a.shape.head_dim / 2, row = here.thread / half, pair = here.thread % half;
+      const int half = a.shape.head_dim / 2, row = here.thread < half ? 0 : 1, pair = here.thread - row * half;
       const int64_t table = row * a.rope_context * a.shape.head_dim;
       here.fixed.rope[row][pair] = __ldg(a.rope + table + int64_t{position} * a.shape.head_dim + pair);
     }
@@ -152,6 +153,7 @@ struct Step {
     best = 0;
     float2 weight = two_of(a.layers[0].attention_norm);
     int previous = -1;  // the product that x lacks
+    const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
     for (int i = 0; i <= kHead * layers; ++i) {
       const int layer = i / kHead, product = layer < layers ? i % kHead : +kHead, next = layer + 1 < layers ? layer + 1 : 0;
@@ -162,14 +164,14 @@ struct Step {
       if (product == kOut) {
         if (!(a.leave & kLeaveAttention)) {
           attention.run(words, layer, position);
-          if (splits.count > a.few_splits) attention.combine(words, layer, position);
+          if (splits.count > a.few_splits) attention.combine(words, layer, end);
         }
         attention.prefetch(next, position + (next == 0 ? 1 : 0));
         here.watch.where = layer * 16 + product;
         if (2 * here.thread < width) {
           const float2 two = a.leave & kLeaveAttention
-                                 ? take(here.watch, here.words(), words + plan.at[kQkv] + 2 * here.thread)
-                                 : Attention<T>::result(here, splits, words, position, here.thread);
+                                 ? take(here.watch, here.words, words + plan.at[kQkv] + 2 * here.thread)
+                                 : Attention<T>::result(here, splits, words, end, here.thread);
           *reinterpret_cast<float2*>(act + act_at(2 * here.thread)) = two;
         }
         weight = two_of(a.layers[layer].mlp_norm);
@@ -182,7 +184,7 @@ struct Step {
         norm(act, weight);
       }
       __syncthreads();
-      if (product == kQkv || product >= kGateUp) factor = rstd();
+      if (product != kOut && product != kDown) factor = rstd();
       turn ^= 1;
       const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
       if (!left) {
@@ -205,15 +207,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Static fixed;
   const int thread = static_cast<int>(threadIdx.x);
-  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), thread / 32, thread % 32, thread, {a.status, a.epoch}};
+  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), thread / 32, thread % 32, thread,
+            a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
   // What no copy fills, beyond a row's end, is to count as nothing.
   for (int i = thread; i < plan.shared / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   if (thread < 64) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
   if (thread < kProducts * kWarps)
     fixed.mine[thread / kWarps][thread % kWarps] =
         share_of(plan.products[thread / kWarps], here.block, plan.blocks, thread % kWarps);
+  if (thread < kWarps) {
+    const int group = a.shape.heads / a.shape.kv_heads;
+    fixed.group_head[thread] = thread % group, fixed.group_part[thread] = thread / group;
+  }
   if (thread == 0) {
     fixed.dead = fixed.bin = fixed.need = 0;
+    fixed.group_parts = kWarps * a.shape.kv_heads / a.shape.heads;
     fixed.kv_head = here.block / splits.count;
     fixed.split = fixed.kv_head < a.shape.kv_heads ? here.block % splits.count : -1;
   }

@@ -90,9 +90,10 @@ __device__ inline Mine share_of(const Matrix& m, int block, int blocks, int warp
 
 // What stays the same is here too, where it takes no registers.
 struct Static {
+  float4 squares[2][kWarps / 4];
   Mine mine[kProducts][kWarps];
   int kv_head, split;  // of attention; no work: split -1
-  float squares[2][kWarps];
+  int group_parts, group_head[kWarps], group_part[kWarps];  // of a warp there: which query head of the group, with which part of the run
   float rope[2][64];  // of the position: cosines, and sines as they are for the first of a pair (negative)
   uint64_t keys[kWarps];
   float extremes[2][kWarps];
@@ -105,11 +106,11 @@ struct Here {
   Static& fixed;
   unsigned char* shared;
   int block, warp, lane, thread;
+  const uint64_t* words;  // the copy of the exchange that this block reads
   Watch watch;
 
   __device__ float* act(int turn) const { return reinterpret_cast<float*>(shared) + turn * plan.act; }
   __device__ uint64_t* words_of(int copy) const { return a.exchange + int64_t{copy} * plan.words; }
-  __device__ const uint64_t* words() const { return words_of(block % a.copies); }
 
   // Lane `copy` of some writes the word of copy `copy`.
   __device__ void put(int at, float value, int copy) const {
@@ -141,8 +142,11 @@ __device__ inline uint4* slot_of(const Matrix& m, const Here& here) {
 }
 // Of a shared unit, which columns are this warp's.
 __device__ inline int part_of(const Matrix& m, const Here& here) { return here.warp & (m.parts - 1); }
+__device__ inline int run_of(const Matrix& m, int unit) {
+  return m.inverse == 0 ? unit : static_cast<int>(__umulhi(static_cast<unsigned>(unit), m.inverse));
+}
 __device__ inline int row_of(const Matrix& m, int unit, int r, int rows) {
-  return min(unit + unit / m.run * m.skip + r * m.apart, rows - 1);
+  return min(unit + run_of(m, unit) * m.skip + r * m.apart, rows - 1);
 }
 
 // Asks for what `multiply` will need of the matrix, and ends a group of copies. Every lane copies what it alone will read: no

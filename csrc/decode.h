@@ -31,6 +31,7 @@ enum Product { kQkv, kOut, kGateUp, kDown, kHead, kProducts };
 struct Matrix {
   int units, rows;  // in all; of a unit
   int run, skip, apart;
+  uint32_t inverse;  // of run, times 2^32, rounded up: u / run without a division, for u * run < 2^32; 0: run is 1
   int width, parts, columns, passes;  // numbers of a row; warps; numbers of a warp, in passes of kPassColumns
   int stride, each;  // units that a block computes at once; units of a warp, at most
   int slot;  // where its rows wait in shared memory, in bytes; -1: they do not fit and are read when needed
@@ -48,6 +49,7 @@ struct Plan {
   int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
   int shared;    // bytes in all
   int most_splits;
+  int lanes, lanes_log2;  // of a position in attention, 8 numbers a lane
   // The exchange, in words of 8 bytes: of a layer, then of what comes after the last one, and all of one copy.
   int at[kHead], at_parts, at_lse, at_attention, layer;  // `at`: of a product's results
   int at_logits, at_best, at_id, words;
@@ -86,7 +88,7 @@ struct Decode {
   int64_t exchange_words;
   int64_t first_position;
   uint64_t noise_start, noise_stride;  // of SplitMix64
-  float eps, temperature;
+  float eps, inverse_dim, temperature;
   uint32_t epoch;  // tag of the first token; those of the others follow
   int tokens, stop_count, top_k, copies, leave;
   int few_splits, target;  // see make_splits

@@ -74,6 +74,9 @@ struct Attention {
   __device__ T* newest() const { return reinterpret_cast<T*>(queries() + group * width); }
   __device__ float* of_warps() const { return reinterpret_cast<float*>(newest() + 2 * width); }
 
+  // Which head the even number `row` of a vector of heads is of: pairs are qkv's units, in runs of half a head.
+  __device__ static int head_of(const Here& here, int row) { return run_of(here.plan.products[kQkv], row / 2); }
+
   // Of a run's positions, those before `position`.
   __device__ int before(int position) const { return min(max(position - split * splits.span, 0), splits.span); }
   __device__ int64_t row_of(int layer, int position) const {
@@ -105,14 +108,14 @@ struct Attention {
 #pragma unroll 1
     for (int j = here.thread; j < all; j += kThreads) {
       if (j < asked) {
-        const float2 q = take(here.watch, here.words(), at + kv_head * group * width + 2 * j);
+        const float2 q = take(here.watch, here.words, at + kv_head * group * width + 2 * j);
         queries()[2 * j] = q.x * scale, queries()[2 * j + 1] = q.y * scale;
         continue;
       }
       const int i = j - asked, half = width / 2;  // i < half: of the key, else of the value
       const int head = i < half ? s.heads + kv_head : s.heads + s.kv_heads + kv_head, of_head = i < half ? i : i - half;
       const unsigned two =
-          narrow2(take(here.watch, here.words(), at + head * width + 2 * of_head), T());
+          narrow2(take(here.watch, here.words, at + head * width + 2 * of_head), T());
       reinterpret_cast<unsigned*>(newest())[i] = two;
       void* stream = i < half ? here.a.keys : here.a.values;
       reinterpret_cast<unsigned*>(static_cast<T*>(stream) + row_of(layer, position))[of_head] = two;
@@ -122,7 +125,7 @@ struct Attention {
   // Positions from to `to` of the run, place `p - shift` of the ring, or `newest` for the one at `old`: a query head a warp,
   // its positions shared out among the warps that have the same one, and 8 numbers of a row a lane.
   struct Lanes {
-    int each, slots, slot, first;  // lanes of a position; positions of a warp at once; of this lane; its numbers' place
+    int slots, slot, first;  // positions of a warp at once; of this lane; its numbers' place
     int head, part, parts;
   };
   __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int from, int to, int shift,
@@ -146,7 +149,7 @@ struct Attention {
         }
       }
 #pragma unroll 1
-      for (int offset = 1; offset < lanes.each; offset *= 2) {
+      for (int offset = 1; offset < here.plan.lanes; offset *= 2) {
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) score[u] += __shfl_xor_sync(~0u, score[u], offset);
       }
@@ -185,10 +188,10 @@ struct Attention {
     __syncthreads();
 
     Lanes lanes;
-    lanes.each = 1;
-    while (lanes.each * 8 < width) lanes.each *= 2;
-    lanes.slots = 32 / lanes.each, lanes.slot = here.lane / lanes.each, lanes.first = here.lane % lanes.each * 8;
-    lanes.parts = kWarps / group, lanes.part = here.warp / group, lanes.head = here.warp % group;
+    lanes.slots = 32 >> here.plan.lanes_log2, lanes.slot = here.lane >> here.plan.lanes_log2;
+    lanes.first = (here.lane & (here.plan.lanes - 1)) * 8;
+    lanes.parts = here.fixed.group_parts, lanes.part = here.fixed.group_part[here.warp];
+    lanes.head = here.fixed.group_head[here.warp];
     const bool busy = lanes.part < lanes.parts;
     alignas(16) float q[8] = {};
     if (lanes.first < width) {
@@ -201,7 +204,7 @@ struct Attention {
     // A long run goes through the ring half by half: one is read while the other is filled. The first two were asked for a
     // layer ago.
     const bool whole = count <= 2 * here.plan.tile;
-    const int tile = whole ? count : here.plan.tile, tiles = (count + tile - 1) / tile;
+    const int tile = whole ? count : here.plan.tile, tiles = whole ? 1 : (count + tile - 1) / tile;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
       if (t >= 2) {
@@ -215,7 +218,7 @@ struct Attention {
         copies_commit();
       }
     }
-    sum.meet(lanes.each, 32);
+    sum.meet(here.plan.lanes, 32);
     const int pitch = width + 4;
     if (busy && lanes.slot == 0 && lanes.first < width) {
       float* to = of_warps() + here.warp * pitch;
@@ -227,7 +230,7 @@ struct Attention {
     __syncthreads();
     const int pair = here.thread;
     if (pair >= group * width / 2) return;
-    const int head = 2 * pair / width, of_head = 2 * pair % width;
+    const int head = head_of(here, 2 * pair), of_head = 2 * pair - head * width;
     Weighted<2> both;
     for (int part = 0; part < lanes.parts; ++part)
       both.most = fmaxf(both.most, of_warps()[(part * group + head) * pitch + width]);
@@ -253,7 +256,7 @@ struct Attention {
   // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
   static constexpr int kFew = 4;
   __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
-    const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = row / here.a.shape.head_dim;
+    const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
     int at[2 * kFew];
     float2 got[2 * kFew];
     int n = 0;
@@ -264,7 +267,7 @@ struct Attention {
       at[2 * k + 1] = layer_words + here.plan.at_lse + 2 * (split * heads + head);
       if (first + k * step < end) n = 2 * k + 2;
     }
-    take<2 * kFew>(here.watch, here.words(), at, n, got);
+    take<2 * kFew>(here.watch, here.words, at, n, got);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
@@ -278,14 +281,14 @@ struct Attention {
     }
   }
 
-  // Where there are many runs, the block of a key head's first one adds up their results: several lanes a pair of numbers.
-  __device__ void combine(int layer_words, int layer, int position) const {
+  // Where there are many runs, `end` of them begun, the block of a key head's first one adds up their results: several lanes a pair of numbers.
+  __device__ void combine(int layer_words, int layer, int end) const {
     if (split != 0) return;
     here.watch.where = layer * 16 + kCombine;
-    const int pairs = group * width / 2, end = position / splits.span + 1;
-    int each = 1;
-    while (each < 32 && 2 * each * pairs <= kThreads) each *= 2;
-    const int pair = here.thread / each, of_pair = here.thread % each, row = kv_head * group * width + 2 * pair;
+    const int pairs = group * width / 2;
+    int each = 1, log2 = 0;
+    while (each < 32 && 2 * each * pairs <= kThreads) each *= 2, ++log2;
+    const int pair = here.thread >> log2, of_pair = here.thread & (each - 1), row = kv_head * group * width + 2 * pair;
     Weighted<2> sum;
     if (pair < pairs)
 #pragma unroll 1
@@ -295,12 +298,11 @@ struct Attention {
       here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] / sum.total, sum.sum[1] / sum.total);
   }
 
-  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, wherever they are.
-  __device__ static float2 result(Here& here, const Splits& splits, int layer_words, int position, int pair) {
+  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, wherever they are; `end` runs are begun.
+  __device__ static float2 result(Here& here, const Splits& splits, int layer_words, int end, int pair) {
     if (splits.count == 1 || splits.count > here.a.few_splits)
-      return take(here.watch, here.words(), layer_words + here.plan.at_attention + 2 * pair);
+      return take(here.watch, here.words, layer_words + here.plan.at_attention + 2 * pair);
     Weighted<2> sum;
-    const int end = position / splits.span + 1;
 #pragma unroll 1
     for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);
     return make_float2(sum.sum[0] / sum.total, sum.sum[1] / sum.total);

@@ -228,7 +228,7 @@ __device__ inline int choose(Here& here, uint64_t best, int64_t place) {
         const int n = min(kFew, (blocks - j + 31) / 32);
 #pragma unroll
         for (int k = 0; k < kFew; ++k) at[k] = at_best + 2 * (j + k * 32);
-        take<kFew>(here.watch, here.words(), at, n, got);
+        take<kFew>(here.watch, here.words, at, n, got);
 #pragma unroll
         for (int k = 0; k < kFew; ++k) {
           const uint64_t other = k < n ? rank_key(got[k].x, __float_as_int(got[k].y)) : 0;
@@ -242,7 +242,7 @@ __device__ inline int choose(Here& here, uint64_t best, int64_t place) {
     chosen = Sampler(here).draw(place);
     if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen));
   } else if (here.thread == 0) {
-    chosen = __float_as_int(take(here.watch, here.words(), at_id).x);
+    chosen = __float_as_int(take(here.watch, here.words, at_id).x);
   }
   if (here.thread == 0) f.chosen = min(max(chosen, 0), here.a.shape.vocab - 1);
   if (here.watch.dead) f.dead = 1;

@@ -17,6 +17,7 @@ Matrix share(int units, int width, int rows, int run, int skip, int apart, int b
   Matrix m{};
   m.units = units, m.width = width, m.rows = rows, m.run = run, m.skip = skip, m.apart = apart;
   m.parts = 1, m.slot = -1;
+  m.inverse = run == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + run - 1) / run);
   while (up((width + m.parts - 1) / m.parts, kPassColumns) > kMostPasses * kPassColumns) m.parts *= 2;
   m.columns = up((width + m.parts - 1) / m.parts, kPassColumns);
   m.passes = m.columns / kPassColumns;
@@ -51,6 +52,8 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   p.products[kDown] = share(s.dim, s.d_ff, 1, s.dim, 0, 0, blocks);
   p.products[kHead] = share((s.vocab + 1) / 2, s.dim, 2, 1, 1, 1, blocks);
   p.most_splits = blocks / s.kv_heads;
+  p.lanes = 1;
+  while (p.lanes * 8 < s.head_dim) p.lanes *= 2, ++p.lanes_log2;
 
   for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
   int at = 2 * 4 * p.act;
