@@ -57,8 +57,13 @@ def here(name: str) -> Any:
 
 
 ALL = [here(name) for name in [*RUNNERS, "uncaptured", "traced"]]
-# On a CPU `traced` stands for `compile`, and one test compiles to the end.
-EACH = [here(name) for name in [*RUNNERS, "uncaptured", "traced"] if name != "compile" or DEVICE == "cuda"]
+# On a CPU `traced` stands for `compile`, and one test compiles to the end. `fused` does one row in 16 bits: it has tests
+# of its own.
+EACH = [
+    here(name)
+    for name in [*RUNNERS, "uncaptured", "traced"]
+    if name != "fused" and (name != "compile" or DEVICE == "cuda")
+]
 # Those that compile anew for each shape, which takes long.
 COMPILING = ("compile", "traced")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinylm import checkpoint, data
 from tinylm.generate import Decoder
+from tinylm.generate.runners import fused
 from tinylm.model import DTYPES, Transformer
 from tinylm.train import TrainConfig, train
 
@@ -63,6 +64,8 @@ def test_greedy_tokens_are_those_of_the_fp32_reference(
 ) -> None:
     """After prompts of 1 token to the whole context, wherever the reference's choice is beyond rounding."""
     (model, known), dtype = trained, DTYPES[kind]
+    if name == "fused" and dtype not in fused.DTYPES:
+        pytest.skip("fused decodes bf16 and fp16 alone")
     model = Transformer.build(model.config, dtype=dtype)
     model.load_state_dict(trained[0].state_dict())
     reference = Transformer.build(model.config)

@@ -22,8 +22,10 @@ from tinylm.ops import native
 DTYPES = (torch.bfloat16, torch.float16)
 PARTS = {"norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "attention": "gqa", "bias": False}
 POSITIONS = ("rope", "none")
-# What a launch waits for, as csrc/decode.h and decode.cuh number it.
+WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.gate_up", "mlp.down")  # of a block
+# What a launch waits for, and that it waited in vain, as csrc/decode.h and decode.cuh number it.
 WAITS = ("qkv", "out", "gate_up", "down", "head", "attention", "combine", "choice")
+LATE = 1
 
 
 class Fused:
@@ -56,10 +58,9 @@ class Fused:
             )[0]  # fmt: skip
         except RuntimeError as error:
             raise Unable(_told(error)) from None
-        self._weights = [model.embed.weight, model.head_weight, model.norm.weight]
+        self._weights = [model.embed.weight, model.head_weight, model.norm.get_parameter("weight")]
         for block in model.blocks:
-            self._weights += [block.attention_norm.weight, block.attention.qkv.weight, block.attention.out.weight]
-            self._weights += [block.mlp_norm.weight, block.mlp.gate_up.weight, block.mlp.down.weight]
+            self._weights += [block.get_parameter(f"{name}.weight") for name in WEIGHTS]
         rope = model.positions
         self._rope = rope.tables(device, torch.float32) if isinstance(rope, Rope) else torch.empty(0, device=device)
         # Words of {value, tag}: a tag is the number of a token, and no two tokens of this exchange have the same.
@@ -95,8 +96,9 @@ class Fused:
         what, where, *_ = self._seen.tolist()
         if what:
             layer, wait = divmod(where, 16)
-            told = {1: f"waited in vain for the input of {WAITS[wait]} in layer {layer}", 2: "met no token to start from"}
-            raise RuntimeError(f"the fused decode kernel {told[what]}: its ids mean nothing; use runner 'graph'")
+            late = f"waited in vain for the input of {WAITS[wait]} in layer {layer}"
+            told = late if what == LATE else "met no token to start from"
+            raise RuntimeError(f"the fused decode kernel {told}: its ids mean nothing; use runner 'graph'")
 
     def _launch(self, position: int, tokens: int) -> None:
         loop, config = self._loop, self._loop.model.config

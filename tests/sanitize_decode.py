@@ -1,0 +1,55 @@
+"""Decodes a few tokens by every path of the decode kernel, small enough for a run under NVIDIA's compute-sanitizer:
+
+compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck)
+
+A line a case, "ok" at the end; the exit status is not 0 if a launch failed. racecheck sees shared memory alone: what passes
+between blocks carries its own flags (csrc/decode.cuh).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tinylm.config import preset
+from tinylm.generate import Decoder, Sampling
+from tinylm.generate.runners.fused import Fused
+from tinylm.model import Transformer
+
+GREEDY, TOP_K, ALL = Sampling(), Sampling(0.9, top_k=20, seed=1), Sampling(0.9, seed=1)
+# (shape, prompt, how a token is chosen, settings of the runner)
+CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
+    ({}, 5, GREEDY, {}),
+    ({}, 5, TOP_K, {"copies": 1}),
+    ({"vocab_size": 9001, "tied": False}, 5, TOP_K, {}),  # logits read from the exchange
+    ({"vocab_size": 333, "kv_heads": 1, "positions": "none"}, 5, ALL, {}),
+    ({"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344}, 40, GREEDY, {"split_tokens": 16}),
+    ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "vocab_size": 60_000}, 9, GREEDY, {}),
+    ({"heads": 16, "kv_heads": 1}, 100, GREEDY, {"split_tokens": 8}),  # many runs of positions
+    ({"heads": 1, "kv_heads": 1, "head_dim": 64}, 1200, GREEDY, {"split_tokens": 100_000}),  # through the ring
+]
+
+
+def main() -> None:
+    for more, prompt, sampling, settings in CASES:
+        model = Transformer.build(preset("nano", **{"layers": 2, **more}), device="cuda", dtype=torch.bfloat16).eval()
+        before = {name: getattr(Fused, name) for name in settings}
+        for name, value in settings.items():
+            setattr(Fused, name, value)
+        print(
+            more, prompt, settings, flush=True
+        )  # before the call, so that a report of the sanitizer stands behind its case
+        decoder = Decoder(model, torch.zeros(1, prompt, dtype=torch.int64), 4, runner="fused", sampling=sampling)
+        runner = decoder._runner
+        assert isinstance(runner, Fused), decoder.runner
+        decoder.run(1)
+        decoder.run(3)
+        runner.check()
+        for name, value in before.items():
+            setattr(Fused, name, value)
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
