@@ -2,8 +2,8 @@
 
 compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck)
 
-A line a case, "ok" at the end; the exit status is not 0 if a launch failed. racecheck sees shared memory alone: what passes
-between blocks carries its own flags (csrc/decode.cuh).
+A line a case, "ok" at the end; the exit status is not 0 if a launch failed. racecheck sees shared memory alone: what
+passes between blocks carries its own flags (csrc/decode.cuh).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runner `fused`: for which models it is, how its kernel shares out the work, and on a GPU what it decodes.
 
-What holds for every runner in bf16 is in test_generate_reference.py; the tests here have what fp64 and several rows, which
-this one does not do, prove of the others.
+What holds for every runner in bf16 is in test_generate_reference.py; the tests here have what fp64 and several rows,
+which this one does not do, prove of the others.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ than the other runners' are, and not the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -50,7 +50,7 @@ class Fused:
             raise Unable(missing)
         self._loop, model, config = loop, loop.model, loop.model.config
         device = model.device
-        card = torch.cuda.get_device_properties(device)
+        card: Any = torch.cuda.get_device_properties(device)  # of which torch's stubs do not know all
         try:
             words = torch.ops.tinylm.decode_plan(
                 shape_of(config, loop.vocab_size), loop.noise is not None, card.multi_processor_count,
