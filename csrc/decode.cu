@@ -261,8 +261,9 @@ const char* launch(const Decode& a, const Plan& plan, const Splits& splits, int 
     cudaGetLastError();  // it is told here, and not again
     return cudaGetErrorString(error);
   };
-  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared))
-    return told(error);
+  // Always the same: another thread may be about to launch the kernel with more. The rest is the kernel's own.
+  const int most = static_cast<int>(this_card().shared_block) - 3072;
+  if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return told(error);
   int cooperative = 0, fit = 0;
   if (auto error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device)) return told(error);
   if (!cooperative) return "the card has no cooperative launches";

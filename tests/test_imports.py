@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": {"config"},
     "attention": {"ops", "cache"},
     "model": {"attention", "ops", "config", "cache"},
-    "generate": {"model", "cache", "config", "ops", "checkpoint", "hf", "tokenizer"},
+    "generate": {"model", "attention", "cache", "config", "ops", "checkpoint", "hf", "tokenizer"},
     "hf": {"model", "config"},
     "tokenizer": {"config"},
     "data": {"config", "tokenizer"},
