@@ -26,7 +26,9 @@ struct Step {
   const Plan& plan;
   const Attention<T> attention;
   float2 x = {};  // of the residual stream: numbers 2 * thread and the next
-  uint64_t best = 0;  // of the logits that this lane has seen
+  unsigned weight = 0;  // of the next norm, beside x
+  float rope = 1.0f;    // a number of the next position's row, of thread < head_dim
+  uint64_t best = 0;    // of the logits that this lane has seen
   const bool owns;
   int turn = 0;  // which of the two buffers is filled next: one barrier between filling and reading is enough then
 
@@ -49,8 +51,16 @@ struct Step {
     }
   }
 
-  __device__ float2 two_of(const void* vector) const {
-    return owns ? widen2(static_cast<const unsigned*>(vector)[here.thread], T()) : make_float2(0.0f, 0.0f);
+  // This thread's two numbers of a vector, as they lie there: to widen them would be to wait for them.
+  __device__ unsigned two_of(const void* vector) const {
+    return owns ? __ldg(static_cast<const unsigned*>(vector) + here.thread) : 0;
+  }
+  // What the token at `position` needs beside its embedding.
+  __device__ void ask_first(int position) {
+    const int width = a.shape.head_dim, half = width / 2, row = here.thread < half ? 0 : 1;
+    if (a.rope != nullptr && here.thread < width && position < a.rope_context)
+      rope = __ldg(a.rope + (row * a.rope_context + position) * width + here.thread - row * half);
+    weight = two_of(a.layers[0].attention_norm);
   }
 
   // x plus a product's rows, `parts` words each.
@@ -77,10 +87,11 @@ struct Step {
     }
   }
   // x times the norm's weight, to all warps once they have met.
-  __device__ void norm(float* to, float2 weight) const {
+  __device__ void norm(float* to) const {
     float square = 0.0f;
+    const float2 by = widen2(weight, T());
     if (owns) {
-      *reinterpret_cast<float2*>(to + act_at(2 * here.thread)) = make_float2(x.x * weight.x, x.y * weight.y);
+      *reinterpret_cast<float2*>(to + act_at(2 * here.thread)) = make_float2(x.x * by.x, x.y * by.y);
       square = fmaf(x.x, x.x, x.y * x.y);
     }
     if (here.warp * 64 < a.shape.dim) {
@@ -144,14 +155,13 @@ struct Step {
   // The token after `token`, which stands at `position`; -1 if a block gave up.
   __device__ int run(int token, int position, const Splits& splits) {
     const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim;
+    const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
     if (a.rope != nullptr && here.thread < a.shape.head_dim) {
-      const int half = a.shape.head_dim / 2, row = here.thread < half ? 0 : 1, pair = here.thread - row * half;
-      const int64_t table = row * a.rope_context * a.shape.head_dim;
-      here.fixed.rope[row][pair] = __ldg(a.rope + table + int64_t{position} * a.shape.head_dim + pair);
+      const int half = a.shape.head_dim / 2, row = here.thread < half ? 0 : 1;
+      here.fixed.rope[row][here.thread - row * half] = rope;
     }
-    x = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
+    x = widen2(embedded, T());
     best = 0;
-    float2 weight = two_of(a.layers[0].attention_norm);
     int previous = -1;  // the product that x lacks
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
@@ -162,6 +172,7 @@ struct Step {
       float factor = 1.0f;
       here.watch.where = layer * 16 + product;
       if (product == kOut) {
+        weight = two_of(a.layers[layer].mlp_norm);
         if (!(a.leave & kLeaveAttention)) {
           attention.run(words, layer, position);
           if (splits.count > a.few_splits) attention.combine(words, layer, end);
@@ -174,14 +185,13 @@ struct Step {
                                  : Attention<T>::result(here, splits, words, end, here.thread);
           *reinterpret_cast<float2*>(act + act_at(2 * here.thread)) = two;
         }
-        weight = two_of(a.layers[layer].mlp_norm);
       } else if (product == kDown) {
-        if (!(a.leave & kLeaveMlp)) fill(act, a.shape.d_ff / 2, words + plan.at[kGateUp]);
         weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
+        if (!(a.leave & kLeaveMlp)) fill(act, a.shape.d_ff / 2, words + plan.at[kGateUp]);
       } else {
         if (previous >= 0)
           add((product == kGateUp ? words : words - plan.layer) + plan.at[previous], plan.products[previous].parts);
-        norm(act, weight);
+        norm(act);
       }
       __syncthreads();
       if (product != kOut && product != kDown) factor = rstd();
@@ -197,6 +207,7 @@ struct Step {
       ask(next, product);
     }
     here.watch.where = layers * 16 + kChoose;
+    ask_first(position + 1);
     return choose(here, best, position + 1);
   }
 };
@@ -206,6 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     decode_tokens(const __grid_constant__ Decode a, const __grid_constant__ Plan plan, const __grid_constant__ Splits splits) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Static fixed;
+  static_assert(sizeof(Static) <= kOwnShared);
   const int thread = static_cast<int>(threadIdx.x);
   Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), thread / 32, thread % 32, thread,
             a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
@@ -236,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   Step<T> step(here, splits);
   step.ask_all(position);
+  step.ask_first(position);
   bool stopped = false;
   for (; done < a.tokens && !stopped; ++done, ++position, ++here.watch.tag) {
     token = step.run(static_cast<int>(token), position, splits);
@@ -262,7 +275,7 @@ const char* launch(const Decode& a, const Plan& plan, const Splits& splits, int 
     return cudaGetErrorString(error);
   };
   // Always the same: another thread may be about to launch the kernel with more. The rest is the kernel's own.
-  const int most = static_cast<int>(this_card().shared_block) - 3072;
+  const int most = static_cast<int>(this_card().shared_block) - kOwnShared;
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return told(error);
   int cooperative = 0, fit = 0;
   if (auto error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device)) return told(error);

@@ -79,13 +79,19 @@ __device__ inline float2 take(Watch& watch, const uint64_t* words, int at) {
 
 // ---- A block's place, and what its threads find in shared memory.
 
-// Units of this block that a warp computes: unit = first + k * stride, k < count.
-struct Mine {
-  int first, count;
+// What a warp has to do for a product: units first + k * stride, k < count, its part of them, in passes. One place that one
+// read brings, because from a phase's barrier on nothing else is waited for.
+struct alignas(16) Mine {
+  int first, count, stride, part;
+  int slot;  // bytes: where its rows wait in shared memory; negative: nowhere
+  int act;   // its first number of what they are multiplied with
+  int passes, rows;
 };
 __device__ inline Mine share_of(const Matrix& m, int block, int blocks, int warp) {
   const int first = block * m.units / blocks + warp / m.parts, end = (block + 1) * m.units / blocks;
-  return {first, first < end ? (end - first + m.stride - 1) / m.stride : 0};
+  const int count = first < end ? (end - first + m.stride - 1) / m.stride : 0, part = warp % m.parts;
+  const int slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
+  return {first, count, m.stride, part, slot, part * m.columns, m.passes, m.rows};
 }
 
 // What stays the same is here too, where it takes no registers.
@@ -136,12 +142,6 @@ __device__ inline void copies_left() {  // until all but the last n groups have 
 
 // ---- Matrix rows times a vector.
 
-// Where this lane's rows of the matrix wait in shared memory.
-__device__ inline uint4* slot_of(const Matrix& m, const Here& here) {
-  return reinterpret_cast<uint4*>(here.shared + m.slot) + here.warp * m.each * m.rows * m.passes * 32 + here.lane;
-}
-// Of a shared unit, which columns are this warp's.
-__device__ inline int part_of(const Matrix& m, const Here& here) { return here.warp & (m.parts - 1); }
 __device__ inline int run_of(const Matrix& m, int unit) {
   return m.inverse == 0 ? unit : static_cast<int>(__umulhi(static_cast<unsigned>(unit), m.inverse));
 }
@@ -154,8 +154,8 @@ __device__ inline int row_of(const Matrix& m, int unit, int r, int rows) {
 template <typename T>
 __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
   if (m.slot >= 0) {
-    uint4* to = slot_of(m, here);
-    const int start = part_of(m, here) * m.columns + here.lane * 8;
+    uint4* to = reinterpret_cast<uint4*>(here.shared + mine.slot) + here.lane;
+    const int start = mine.act + here.lane * 8;
 #pragma unroll 1
     for (int i = 0; i < mine.count * m.rows; ++i) {
       const int k = m.rows == 2 ? i / 2 : i, r = m.rows == 2 ? i % 2 : 0;
@@ -183,55 +183,56 @@ __device__ inline void add_products(const uint4& weights, const float (&x)[8], f
 // The products of this warp's units: done(unit, part, value), where of two rows lanes 0 to 15 have the first one's value and
 // the others the second one's.
 template <typename T, class Done>
-__device__ inline void multiply(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here, const float* act,
-                                Done done) {
-  const int part = part_of(m, here);
-  const bool waits = m.slot >= 0;
-  if (waits) copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+__device__ inline void multiply(const Matrix& m, const Mine& shared_mine, const void* weights, int rows, const Here& here,
+                                const float* act, Done done) {
+  const Mine mine = shared_mine;
   if (mine.count == 0) return;
   float x[kMostPasses][8] = {};
 #pragma unroll
   for (int p = 0; p < kMostPasses; ++p) {
-    if (p >= m.passes) break;
-    const float4* from = reinterpret_cast<const float4*>(act + part * m.columns + p * kPassColumns) + here.lane;
+    if (p >= mine.passes) break;
+    const float4* from = reinterpret_cast<const float4*>(act + mine.act + p * kPassColumns) + here.lane;
     const float4 low = from[0], high = from[32];
     x[p][0] = low.x, x[p][1] = low.y, x[p][2] = low.z, x[p][3] = low.w;
     x[p][4] = high.x, x[p][5] = high.y, x[p][6] = high.z, x[p][7] = high.w;
   }
-  const uint4* from = slot_of(m, here);
-  const int start = part * m.columns + here.lane * 8;
+  if (mine.slot >= 0) copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+  const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane;
 #pragma unroll 1
   for (int k = 0; k < mine.count; ++k) {
-    const int unit = mine.first + k * m.stride;
-    float sum[2][2] = {};
-    if (waits) {
+    const int unit = mine.first + k * mine.stride;
+    // All of a unit at once, so that it is waited for once.
+    uint4 w[2][kMostPasses] = {};
+    if (mine.slot >= 0) {
 #pragma unroll
       for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= m.passes) break;
-        add_products<T>(from[p * 32], x[p], sum[0]);
-        if (m.rows == 2) add_products<T>(from[(m.passes + p) * 32], x[p], sum[1]);
+        if (p >= mine.passes) break;
+        w[0][p] = from[p * 32];
+        if (mine.rows == 2) w[1][p] = from[(mine.passes + p) * 32];
       }
-      from += m.rows * m.passes * 32;
+      from += mine.rows * mine.passes * 32;
     } else {
-      uint4 w[2][kMostPasses];
+      const int start = mine.act + here.lane * 8;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        if (r >= mine.rows) break;
         const T* row = static_cast<const T*>(weights) + int64_t{row_of(m, unit, r, rows)} * m.width + start;
 #pragma unroll
         for (int p = 0; p < kMostPasses; ++p)
-          w[r][p] = r < m.rows && p < m.passes && start + p * kPassColumns < m.width
-                        ? __ldg(reinterpret_cast<const uint4*>(row + p * kPassColumns))
-                        : make_uint4(0, 0, 0, 0);
+          if (p < mine.passes && start + p * kPassColumns < m.width)
+            w[r][p] = __ldg(reinterpret_cast<const uint4*>(row + p * kPassColumns));
       }
+    }
+    float sum[2][2] = {};
 #pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= m.passes) break;
-        add_products<T>(w[0][p], x[p], sum[0]), add_products<T>(w[1][p], x[p], sum[1]);
-      }
+    for (int p = 0; p < kMostPasses; ++p) {
+      if (p >= mine.passes) break;
+      add_products<T>(w[0][p], x[p], sum[0]);
+      if (mine.rows == 2) add_products<T>(w[1][p], x[p], sum[1]);
     }
     float value = sum[0][0] + sum[0][1];
     float other = value;
-    if (m.rows == 2) {
+    if (mine.rows == 2) {
       const float second = sum[1][0] + sum[1][1];
       other = here.lane < 16 ? second : value;
       value = here.lane < 16 ? value : second;
@@ -239,7 +240,7 @@ __device__ inline void multiply(const Matrix& m, const Mine& mine, const void* w
     value += __shfl_xor_sync(~0u, other, 16);
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    done(unit, part, value);
+    done(unit, mine.part, value);
   }
 }
 

@@ -14,6 +14,7 @@ constexpr int kMostGroup = kWarps;  // query heads of one key head: a warp has o
 constexpr int kMostStops = 32;
 constexpr int kBins = 256;     // of the sampler's histogram
 constexpr int kCandidates = 512;
+constexpr int kOwnShared = 4096;  // bytes of shared memory that the kernel has beside what a plan gives it, at most
 
 // Parts of the work that a launch may leave out, to see what they take. What comes out means nothing then.
 enum Leave { kLeaveAttention = 1, kLeaveMlp = 2, kLeaveHead = 4 };

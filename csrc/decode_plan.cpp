@@ -6,8 +6,7 @@
 namespace tinylm::decode {
 namespace {
 
-constexpr int kFixed = 3 * 1024;        // bytes of the kernel's static shared memory, and to spare
-constexpr int kMostPositions = 512;     // of a ring: more of them are read in turns
+constexpr int kMostPositions = 512;  // of a ring: more of them are read in turns
 constexpr int kFewestPositions = 16;
 constexpr int kMostCachedLogits = 8192;
 
@@ -61,7 +60,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   // Queries, newest key and value, and every warp's m, l, o.
   at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
   if (sampled) at += 4 * (kBins + kCandidates);
-  const int room = shared - kFixed;
+  const int room = shared - kOwnShared;
   p.logits = -1;
   if (sampled && s.vocab <= kMostCachedLogits && at + 4 * up(s.vocab, 4) <= room / 2) {
     p.logits = at;

@@ -85,7 +85,7 @@ def test_backward_has_the_threads_it_is_planned_for(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", CARDS)
 def test_decode_is_one_block_of_512_threads_that_spills_nothing(arch: str) -> None:
-    """What the plan leaves to the kernel itself is 3 KB of shared memory (csrc/decode_plan.cpp)."""
+    """What the plan leaves to the kernel itself is 4 KB of shared memory (csrc/decode.h)."""
     for _, use in kernels(arch, "decode::decode_tokens"):
-        assert blocks(use, 512, 0, CARDS[arch]) >= 1 and use.shared <= 3072 - 1024, use
+        assert blocks(use, 512, 0, CARDS[arch]) >= 1 and use.shared <= 4096, use
         assert use.stack == use.spill_stores == use.spill_loads == 0, use
