@@ -199,8 +199,7 @@ __device__ inline void multiply(const Matrix& m, const Mine& shared_mine, const 
   if (mine.slot >= 0) copies_left<4>();  // five groups a layer, each used a layer after it was asked for
   const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane;
 #pragma unroll 1
-  for (int k = 0; k < mine.count; ++k) {
-    const int unit = mine.first + k * mine.stride;
+  for (int unit = mine.first, left = mine.count; left > 0; --left, unit += shared_mine.stride) {
     // All of a unit at once, so that it is waited for once.
     uint4 w[2][kMostPasses] = {};
     if (mine.slot >= 0) {
@@ -240,7 +239,7 @@ __device__ inline void multiply(const Matrix& m, const Mine& shared_mine, const 
     value += __shfl_xor_sync(~0u, other, 16);
 #pragma unroll
     for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    done(unit, mine.part, value);
+    done(unit, shared_mine.part, value);
   }
 }
 
