@@ -98,7 +98,8 @@ def shapes(draw: st.DrawFn) -> list[int]:
     if head_dim * kv_heads * group > 1024:
         kv_heads = group = 1
     dims = [8 * draw(st.integers(1, 128)), draw(st.integers(1, 24)), kv_heads * group, kv_heads, head_dim]
-    return [*dims, 8 * draw(st.integers(1, 600)), draw(st.integers(1, 60_000))]
+    # Of d_ff above 4,096 the vector alone fills a Turing card's 64 KB.
+    return [*dims, 8 * draw(st.integers(1, 512)), draw(st.integers(1, 60_000))]
 
 
 @needs_compiler
