@@ -154,6 +154,21 @@ def sdpa_backend(
     return "cpu-flash" if q.device.type == "cpu" and name == "flash" else name
 
 
+# Of which tokens the last layer's work is wanted: all (None), each row's last (-1), or token last[b] of row b, (B,).
+Last = Tensor | int | None
+
+
+def pick(x: Tensor, last: Last, dim: int = 1) -> Tensor:
+    """Those tokens of x (B, ...), which lie along `dim`: with no copy to the host, and a view where it can be."""
+    if last is None:
+        return x
+    if isinstance(last, int):
+        return x.narrow(dim, last, 1)
+    shape = list(x.shape)
+    shape[dim] = 1
+    return x.gather(dim, last.view(-1, *[1] * (x.dim() - 1)).expand(shape))
+
+
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention whose query heads share key and value heads in groups (Ainslie et al.,
     arXiv:2305.13245).
@@ -183,18 +198,32 @@ class GroupedQueryAttention(nn.Module):
         return 4 * config.heads * config.head_dim
 
     def forward(
-        self, x: Tensor, rotation: Tensor | None, cache: Cache | None = None, layer: int = 0, plan: Any = None
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        plan: Any = None,
+        *,
+        last: Last = None,
     ) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim): over itself, or over a cache's entries too, given its plan."""
+        """x (B, T, dim) -> (B, T, dim), of last -> (B, 1, dim): over itself, or over a cache's entries too, given its
+        plan."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if rotation is not None:
             qk = rotate(qk, rotation)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
-        if cache is None:
-            y = sdpa(q, k, v, is_causal=True, dropout=self.dropout if self.training else 0.0)
-        else:
+        q = pick(q, last, dim=2)
+        if cache is not None:
             y = cache.attend(layer, q, k, v, plan, sdpa)
+        else:
+            seen = (
+                (torch.arange(k.shape[2], device=x.device) <= last[:, None])[:, None, None]
+                if isinstance(last, Tensor)
+                else None
+            )
+            y = sdpa(q, k, v, mask=seen, is_causal=last is None, dropout=self.dropout if self.training else 0.0)
         return self.reduce(self.out(y.transpose(1, 2).flatten(2)))
 
 

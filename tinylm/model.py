@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm import ops as op_table
-from tinylm.attention import ATTENTIONS, Rope, sdpa_backend
+from tinylm.attention import ATTENTIONS, Last, Rope, pick, sdpa_backend
 from tinylm.cache import Batch, Cache, Stream, make_cache
 from tinylm.config import ConfigError, ModelConfig
 
@@ -137,14 +137,16 @@ class Block(nn.Module):
         self.mlp_norm = norm(config, backends)
         self.mlp = choose(MLPS, "mlp", config.mlp)(config, backends)
 
-    def forward(self, residual: Residual, rotation: Tensor | None, *past: Any) -> Residual:
-        """residual (B, T, C) -> the same; past: nothing, or the cache, the layer's number and the cache's plan."""
+    def forward(self, residual: Residual, rotation: Tensor | None, *past: Any, last: Last = None) -> Residual:
+        """residual (B, T, C) -> the same, or (B, 1, C) of `last`; past: nothing, or the cache, the layer's number and
+        the cache's plan."""
         if self.pre:
             y, x = normed(self.attention_norm, *residual)
-            y, x = normed(self.mlp_norm, x, self._drop(self.attention(y, rotation, *past)))
+            branch = self._drop(self.attention(y, rotation, *past, last=last))
+            y, x = normed(self.mlp_norm, pick(x, last), branch)
             return x, self._drop(self.mlp(y))
         (x,) = residual
-        x, _ = normed(self.attention_norm, x, self._drop(self.attention(x, rotation, *past)))
+        x, _ = normed(self.attention_norm, pick(x, last), self._drop(self.attention(x, rotation, *past, last=last)))
         x, _ = normed(self.mlp_norm, x, self._drop(self.mlp(x)))
         return (x,)
 
@@ -250,10 +252,8 @@ class Transformer(nn.Module):
         """
         if targets is not None:
             return self.cross_entropy(self.hidden(tokens).flatten(0, 1), self.head_weight, targets.flatten())
-        residual = self._through(tokens)
-        if last_index is not None:
-            residual = _pick(residual, last_index)
-        return self._project(self._normed(_last(residual) if last_only else residual))
+        last = -1 if last_only else last_index
+        return self._project(self._normed(self._through(tokens, last)))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, () fp32, in nats a token, of predicting targets (B, T) int64 after tokens (B, T) int64.
@@ -276,13 +276,10 @@ class Transformer(nn.Module):
         self.check_cache(cache)
         plan = cache.plan(batch)
         residual, rotation = self._enter(batch.tokens, batch.positions)
-        for layer, block in enumerate(self.blocks):
-            residual = block(residual, rotation, cache, layer, plan)
-        if last_only and batch.uniform:
-            residual = _last(residual)
-        elif last_only and batch.tokens.shape[1] > 1:
-            residual = _pick(residual, batch.lengths - 1 - batch.positions[:, 0])
-        return self._project(self._normed(residual))
+        last: Last = None
+        if last_only and batch.tokens.shape[1] > 1:
+            last = -1 if batch.uniform else batch.lengths - 1 - batch.positions[:, 0]
+        return self._project(self._normed(self._blocks(residual, rotation, last, cache, plan)))
 
     def check_cache(self, cache: Cache) -> None:
         """Raises ConfigError for a cache of another model or device."""
@@ -308,11 +305,17 @@ class Transformer(nn.Module):
             x = x.bfloat16()
         return (F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x,), rotation
 
-    def _through(self, tokens: Tensor) -> Residual:
+    def _through(self, tokens: Tensor, last: Last = None) -> Residual:
         self._check_span(tokens.shape[1])
-        residual, rotation = self._enter(tokens, None)
-        for block in self.blocks:
-            residual = block(residual, rotation)
+        return self._blocks(*self._enter(tokens, None), last)
+
+    def _blocks(
+        self, residual: Residual, rotation: Tensor | None, last: Last, cache: Cache | None = None, plan: Any = None
+    ) -> Residual:
+        """The last block needs all tokens' keys and values, and the rest of its work for those of `last` alone."""
+        final = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            residual = block(residual, rotation, cache, layer, plan, last=last if layer == final else None)
         return residual
 
     def _normed(self, residual: Residual) -> Tensor:
@@ -365,18 +368,19 @@ class Transformer(nn.Module):
         ones.
 
         Matrix products and attention only, 2 m n k each: norms, softmax, rotations and the embedding's lookup
-        count nothing; the head counts, for one token a row if last_only. Attention counts the pairs that
-        causality needs: new token t (from 1) meets context + t entries; causal=False counts the whole square,
-        context + tokens entries each, as published figures often do. A training step (forward and backward)
-        is 3 times this.
+        count nothing; the head counts, for one token a row if last_only, and so does what follows the last
+        layer's keys and values. Attention counts the pairs that causality needs: new token t (from 1) meets
+        context + t entries; causal=False counts the whole square, context + tokens entries each, as published
+        figures often do. A training step (forward and backward) is 3 times this.
         """
-        config = self.config
-        linears = [m for m in self.blocks.modules() if isinstance(m, op_table.Linear)]
-        per_token = 2 * sum(m.in_features * m.out_features for m in linears)
+        config, final = self.config, self.blocks[-1]
+        ends = 1 if last_only else tokens
+        after = _products(final) - _products(final.get_submodule("attention.qkv"))
+        linears = tokens * (_products(self.blocks) - after) + ends * after
         pairs = tokens * context + (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
-        per_pair = choose(ATTENTIONS, "attention", config.attention).flops_per_pair(config) * config.layers
-        head = 2 * config.dim * config.vocab_size * (1 if last_only else tokens)
-        return batch * (tokens * per_token + pairs * per_pair + head)
+        pairs = pairs * (config.layers - 1) + (context + tokens if last_only else pairs)
+        per_pair = choose(ATTENTIONS, "attention", config.attention).flops_per_pair(config)
+        return batch * (linears + pairs * per_pair + ends * 2 * config.dim * config.vocab_size)
 
     @torch.no_grad()
     def sdpa_backend(self, batch: int, tokens: int, context: int = 0, *, masked: bool = False) -> str:
@@ -400,10 +404,6 @@ def _listed(streams: tuple[Stream, ...], layers: int, device: torch.device) -> s
     return f"{layers} layers with {widths} on {device}"
 
 
-def _last(residual: Residual) -> Residual:
-    return tuple(x[:, -1:] for x in residual)
-
-
-def _pick(residual: Residual, index: Tensor) -> Residual:
-    """(B, T, C), index (B,) -> (B, 1, C): one token of each row, with no copy to the host."""
-    return tuple(x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2])) for x in residual)
+def _products(module: nn.Module) -> int:
+    """Floating-point operations a token of the linears in it."""
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, op_table.Linear))

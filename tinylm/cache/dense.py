@@ -83,7 +83,10 @@ class DenseCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Any, kernel: Kernel) -> Tensor:
         keys, values = (self._update(name, layer, new, plan) for name, new in (("k", k), ("v", v)))
-        return kernel(q, keys.to(q.dtype), values.to(q.dtype), mask=plan.mask, is_causal=plan.is_causal)
+        mask, is_causal = plan.mask, plan.is_causal
+        if q.shape[2] < k.shape[2]:  # the last token's query alone, which sees all that the others see
+            mask, is_causal = None if mask is None else mask.any(-2, keepdim=True), False
+        return kernel(q, keys.to(q.dtype), values.to(q.dtype), mask=mask, is_causal=is_causal)
 
     def _update(self, name: str, layer: int, new: Tensor, plan: DensePlan) -> Tensor:
         stored = self._layers[name][layer]  # (B, H_kv, context, D)
