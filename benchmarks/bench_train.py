@@ -74,7 +74,7 @@ def test_step(measure, device, phase, preset, dtype, batch, context, impl):
             pytest.skip("fp16's scaling of the loss reads the device, which a graph cannot")
         torch.manual_seed(0)
         net = Transformer.build(config, device=device).train()
-        # So low a rate that the weights stay what they are at the start, however many steps are made; yet fp32 holds it.
+        # So low a rate that the weights stay what they are at the start, however many steps are made; fp32 holds it.
         optimizer = make_optimizer(net, OPTIMIZERS.get(preset, "muon"), lr=1e-7, capturable=impl == "graph")
         step = Step(
             parallel.wrap(net, "none", parallel.World(net.device), compiled=impl != "eager"),

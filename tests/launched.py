@@ -57,8 +57,7 @@ def here(name: str) -> Any:
 
 
 ALL = [here(name) for name in [*RUNNERS, "uncaptured", "traced"]]
-# On a CPU `traced` stands for `compile`, and one test compiles to the end. `fused` does one row in 16 bits: it has tests
-# of its own.
+# On a CPU `traced` stands for `compile`, and one test compiles to the end. `fused`, one row in 16 bits, has its own.
 EACH = [
     here(name)
     for name in [*RUNNERS, "uncaptured", "traced"]

@@ -263,12 +263,9 @@ def test_a_full_context_is_full_and_one_more_is_an_error_that_overwrites_nothing
 def test_a_launch_ends_at_a_stop_token() -> None:
     model, _ = lively()
     prompt = prompts_of(model, 1, 4)
-    decoder = Decoder(model, prompt, 20, runner="fused")
-    ids = decoder.run(20)[0].tolist()
-    decoder.rewind()
-    runner = decoder._runner
-    assert isinstance(runner, Fused)
-    runner.stop_at({ids[8]})
+    ids = Decoder(model, prompt, 20, runner="fused").run(20)[0].tolist()
+    decoder = Decoder(model, prompt, 20, runner="fused", stop={ids[8]})
+    assert decoder.stops
     end = ids.index(ids[8])
     assert decoder.run(20)[0].tolist() == ids[: end + 1] + [ids[8]] * (19 - end)
     whole = complete(model, prompt.tolist(), 20, runner="fused")

@@ -100,6 +100,7 @@ def run(options: Options) -> int:
 
     started = time.perf_counter()
     tokens, lengths = pad(rows)
+    ends = source.ends if options.stop else frozenset()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", RunnerWarning)
         decoder = Decoder(
@@ -111,11 +112,12 @@ def run(options: Options) -> int:
             runner=options.runner,
             sampling=sampling,
             vocab_size=source.tokenizer.vocab_size,
+            stop=ends,
         )
     for warning in told:
         tell(str(warning.message))
     ready = time.perf_counter()
-    counts, interrupted = speak(source, decoder, rows, source.ends if options.stop else frozenset())
+    counts, interrupted = speak(source, decoder, rows, ends)
     ended = time.perf_counter()
 
     rest = sum(max(count - 1, 0) for count in counts)  # the first of each is prefill's

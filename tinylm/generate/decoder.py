@@ -8,7 +8,7 @@ the lengths of the rows where there is one. So every row has the positions, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -128,6 +128,7 @@ class Decoder:
         sampling: Sampling | None = None,
         chunk: int | None = None,  # prefill this many tokens at a time; None: all
         vocab_size: int | None = None,  # ids from here on are never chosen (a padded vocabulary); None: the model's
+        stop: Collection[int] = (),  # what follows one of these means nothing: a runner may leave it out
     ) -> None:
         kind = choose(runner, model.device.type)
         if granularity is not None and granularity < 1:
@@ -146,6 +147,7 @@ class Decoder:
             granularity=granularity or kind.granularity,
             sampling=sampling or Sampling(),
             vocab_size=min(vocab_size or model.config.vocab_size, model.config.vocab_size),
+            stop=stop,
         )
         self._places = torch.arange(max_new + 1, device=model.device)
         with _evaluating(model):
@@ -165,6 +167,11 @@ class Decoder:
     @property
     def cache(self) -> Cache | None:
         return self.loop.cache
+
+    @property
+    def stops(self) -> bool:
+        """Whether its runner does no more work once a token of `stop` is chosen."""
+        return self._runner.stops
 
     @property
     def prompt_tokens(self) -> int:

@@ -5,7 +5,7 @@ Shapes: B rows, V vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ class Loop:
         granularity: int | None,
         sampling: Sampling,
         vocab_size: int,  # ids from here on are never chosen
+        stop: Collection[int] = (),  # what follows one of these means nothing
     ) -> None:
         self.model, self.max_new, self.granularity = model, max_new, granularity
-        self.sampling, self.vocab_size = sampling, vocab_size
+        self.sampling, self.vocab_size, self.stop = sampling, vocab_size, frozenset(stop)
         self.prompt_tokens = max(lengths)  # of the longest row
         self.ragged = min(lengths) < self.prompt_tokens
         last = self.prompt_tokens + max_new

@@ -70,9 +70,10 @@ def complete(
         sampling=sampling,
         chunk=chunk,
         vocab_size=vocab_size,
+        stop=stop,
     )
     rows: list[list[int]] = [[] for _ in prompts]
-    for chosen in stream(decoder, stop=stop):
+    for chosen in stream(decoder, stop=stop, every=decoder.max_new if decoder.stops else None):
         for row, ids in zip(rows, chosen, strict=True):
             row.extend(ids)
     return rows

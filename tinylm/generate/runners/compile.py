@@ -27,6 +27,7 @@ class Compile:
     devices: ClassVar[tuple[str, ...]] = ("cpu",)  # and cuda, once its tests have passed on a GPU
     granularity: ClassVar[int | None] = 64  # so that texts of similar length share their code
     fallback: ClassVar[dict[str, str]] = {"cpu": "eager", "cuda": "graph"}
+    stops = False
     backend: ClassVar[str | Callable[..., Any]] = "inductor"
 
     def __init__(self, loop: Loop) -> None:

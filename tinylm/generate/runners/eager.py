@@ -11,6 +11,7 @@ class Eager:
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     granularity: ClassVar[int | None] = 1
     fallback: ClassVar[dict[str, str]] = {}
+    stops = False
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop

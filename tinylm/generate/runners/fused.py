@@ -7,7 +7,6 @@ than the other runners' are, and not the same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +25,7 @@ WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.
 # What a launch waits for, and that it waited in vain, as csrc/decode.h and decode.cuh number it.
 WAITS = ("qkv", "out", "gate_up", "down", "head", "attention", "combine", "choice")
 LATE = 1
+MOST_STOPS = 32  # that a launch looks for; after one of them it repeats it
 
 
 class Fused:
@@ -68,17 +68,14 @@ class Fused:
         self._epoch = 1
         self._status = torch.zeros(4, dtype=torch.int32, device=device)
         self._seen = torch.zeros(4, dtype=torch.int32, pin_memory=True)
-        self._stops = torch.zeros(0, dtype=torch.int64, device=device)
+        self.stops = len(loop.stop) <= MOST_STOPS
+        self._stops = torch.tensor(sorted(loop.stop) if self.stops else [], dtype=torch.int64, device=device)
         noise = loop.noise
         self._noise = (int(noise.starts), noise.stride) if noise is not None else (0, 0)
         try:
             self._launch(loop.prompt_tokens, 0)  # checks all that a launch needs
         except RuntimeError as error:
             raise Unable(_told(error)) from None
-
-    def stop_at(self, ids: Collection[int]) -> None:
-        """From one of these ids on, a launch repeats it, and does no more work."""
-        self._stops = torch.tensor(sorted(ids), dtype=torch.int64, device=self._loop.model.device)
 
     def advance(self, known: int, tokens: int) -> None:
         """Raises RuntimeError where an earlier launch failed, as far as that is known; see `check`."""

@@ -50,6 +50,7 @@ class Graph:
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     granularity: ClassVar[int | None] = None
     fallback: ClassVar[dict[str, str]] = {}
+    stops = False
     capture = staticmethod(capture)
 
     def __init__(self, loop: Loop) -> None:

@@ -16,6 +16,7 @@ class Runner(Protocol):
     devices: ClassVar[tuple[str, ...]]  # types of device that it can run on
     granularity: ClassVar[int | None]  # of the loop, where none is asked for
     fallback: ClassVar[dict[str, str]]  # by type of device: the runner to take where this one is unable
+    stops: bool  # whether it does no more work once a token of loop.stop is chosen
 
     def __init__(self, loop: Loop) -> None: ...
 
