@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from tinylm.generate import Decoder
@@ -73,3 +74,9 @@ def prompts_of(model: Transformer, rows: int, tokens: int, seed: int = 1) -> Ten
 
 def decoded(decoder: Decoder) -> Tensor:
     return torch.cat((decoder.first, decoder.run(decoder.max_new)), 1)
+
+
+def chi_square(found: Tensor, expected: Tensor) -> float:
+    """The p-value of counts. scipy before 1.16 wants the same sum of both, to rounding in fp64."""
+    expected = expected.double()
+    return float(stats.chisquare(found.double().numpy(), (expected * (found.sum() / expected.sum())).numpy()).pvalue)

@@ -30,7 +30,7 @@ MOST_STOPS = 32  # that a launch looks for; after one of them it repeats it
 
 class Fused:
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    granularity: ClassVar[int | None] = 1
+    granularity: ClassVar[int | None] = None  # it needs none, and what it falls back to has few graphs so
     fallback: ClassVar[dict[str, str]] = {"cuda": "graph"}
 
     tokens_per_launch: ClassVar[int] = 128  # a launch costs some 10 us, and runs of positions are shared out for it
