@@ -77,6 +77,6 @@ def decoded(decoder: Decoder) -> Tensor:
 
 
 def chi_square(found: Tensor, expected: Tensor) -> float:
-    """The p-value of counts. scipy before 1.16 wants the same sum of both, to rounding in fp64."""
+    """The p-value of counts. scipy before 1.15 always wants the same sum of both, to rounding in fp64."""
     expected = expected.double()
     return float(stats.chisquare(found.double().numpy(), (expected * (found.sum() / expected.sum())).numpy()).pvalue)
