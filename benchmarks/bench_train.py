@@ -9,7 +9,6 @@ into characters as it comes.
 
 import string
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -29,8 +28,7 @@ from tinylm.train import TrainConfig, train
 from tinylm.train.step import Step
 
 IMPLS = ["eager", "compile", "graph"]
-# What the published figures of a preset were made with (nanoGPT's benchmark has no biases).
-ALIKE: dict[str, dict[str, Any]] = {"gpt2-124m": {"bias": False}}
+# What the published figures of a preset were made with.
 OPTIMIZERS = {"gpt2-124m": "adamw"}
 SEEDS = 5
 # nanoGPT's best with a model of that size, after 1750 steps of this batch.
@@ -67,7 +65,7 @@ def grid(name, dtype, batch, context, impl=IMPLS, phase="step"):
 def test_step(measure, device, phase, preset, dtype, batch, context, impl):
     if impl == "graph" and device != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    config = replace(inputs.shape(preset, context), **ALIKE.get(preset, {}))
+    config = replace(inputs.shape(preset, context), **inputs.ALIKE.get(preset, {}))
 
     def build(impl):
         if impl == "graph" and dtype == "fp16":

@@ -23,6 +23,9 @@ CHOICES: dict[str, Collection[str]] = {
     "impl": RUNNERS,
 }
 
+# What the published figures of training a preset were made with: nanoGPT's benchmark has no biases.
+ALIKE: dict[str, dict[str, Any]] = {"gpt2-124m": {"bias": False}}
+
 # Tokens decoded by one timed call, few on a CPU.
 DECODED = {"cuda": 256, "cpu": 8}
 SAMPLINGS = {"decode": Sampling(), "sample": Sampling(1.0, top_k=200, seed=0)}  # by their phase

@@ -27,6 +27,7 @@ AXES: dict[str, type] = {
     "rows": int,
     "batch": int,
     "context": int,
+    "ranks": int,
 }
 
 # A cell that has at least as much of each, and more of one, needs at least as much memory.
@@ -42,7 +43,7 @@ class PlanError(ValueError):
 
 def option(axis: str) -> str:
     """The command-line option that overrides an axis: `--contexts` for `context`."""
-    plural = {"batch": "batches", "rows": "rows", "hidden": "hidden"}.get(axis, axis + "s")
+    plural = {"batch": "batches", "rows": "rows", "hidden": "hidden", "ranks": "ranks"}.get(axis, axis + "s")
     return f"--{plural}"
 
 
