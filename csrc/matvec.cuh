@@ -1,0 +1,84 @@
+// What the kernels of a token share: launches that overlap, and loads that know whether what they read may still change.
+#pragma once
+
+#include "matvec.h"
+#include "rows.cuh"
+
+namespace tinylm {
+
+// Until all that earlier kernels of the stream wrote can be read. Every block must, also those with nothing to do: the
+// next kernel takes the end of this one for the end of all before it.
+__device__ inline void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel starts once every block has said so.
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What is read once and never changes, such as a matrix: past L1. Where it is not wanted `to` keeps what it has.
+__device__ inline void stream16(uint4& to, bool wanted, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+               : "r"(static_cast<unsigned>(wanted)), "l"(from));
+}
+// Into L2 alone, `bytes` of them, a multiple of 16.
+__device__ inline void prefetch(const void* from, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// What another kernel, or another block, has written: from L2, since L1 may hold what was there before. (Not __ldcg,
+// which the compiler may move to before a wait.)
+__device__ inline void fresh16(uint4& to, bool wanted, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+               : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+               : "r"(static_cast<unsigned>(wanted)), "l"(from)
+               : "memory");
+}
+__device__ inline float fresh(const float* from) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ inline int64_t fresh(const int64_t* from) {
+  int64_t value;
+  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+template <typename T>
+__device__ inline float fresh_half(const T* from) {
+  unsigned short bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+  return widen2(bits, T()).x;
+}
+
+template <typename T>
+__device__ inline void store_half(T* to, float value) {
+  *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(narrow2(make_float2(value, 0.0f), T()));
+}
+
+// On the host: a launch that may overlap the end of the kernel before.
+inline const char* begin(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
+  cudaLaunchConfig_t launch = {};
+  cudaLaunchAttribute attribute = {};
+  launch.gridDim = blocks;
+  launch.blockDim = dim3(threads);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  if (overlap && this_card().clusters) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    launch.attrs = &attribute, launch.numAttrs = 1;
+  }
+  const cudaError_t error = cudaLaunchKernelExC(&launch, kernel, arguments);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // it is told here, and not again
+  return cudaGetErrorString(error);
+}
+
+}  // namespace tinylm
