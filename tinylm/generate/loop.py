@@ -85,8 +85,12 @@ class Loop:
         else:
             newest = self.ids.gather(1, position)
             logits = self.model.step(Batch(newest, place, place[:, 0] + 1, span=span, uniform=exact), self.cache)
-        # In place, and last: the pass above still reads the old position.
-        position += 1
+        self.take(logits)
+
+    def take(self, logits: Tensor) -> None:
+        """Chooses each row's next token, of the logits (B, 1, at least vocab_size) of its newest, and moves on to it."""
+        position = self.position
+        position += 1  # in place, and last: the pass before still read the old one
         # By index: scatter_ becomes a copy of all ids where it is compiled.
         self.ids[self._rows, position] = self._choose(logits, position)
 

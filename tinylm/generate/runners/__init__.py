@@ -13,11 +13,18 @@ from tinylm.generate.runners.compile import Compile
 from tinylm.generate.runners.eager import Eager
 from tinylm.generate.runners.fused import Fused
 from tinylm.generate.runners.graph import Graph
+from tinylm.generate.runners.matvec import MatVec
 from tinylm.generate.runners.protocol import Runner, RunnerWarning, Unable
 
 __all__ = ["RUNNERS", "Runner", "RunnerWarning", "Unable", "choose", "start"]
 
-RUNNERS: dict[str, type[Runner]] = {"eager": Eager, "graph": Graph, "compile": Compile, "fused": Fused}
+RUNNERS: dict[str, type[Runner]] = {
+    "eager": Eager,
+    "graph": Graph,
+    "compile": Compile,
+    "fused": Fused,
+    "matvec": MatVec,
+}
 
 
 def choose(name: str, device: str) -> type[Runner]:

@@ -1,0 +1,125 @@
+"""A token as five kernels a layer, csrc/matvec.cu, in one CUDA graph: for large models, which are bound by memory's bandwidth.
+
+Of LLaMA-style models in bf16 or fp16, one row at a time, with a dense cache, which any other runner may continue. The
+kernels read the position from memory, so that one graph serves all lengths; each begins to read its matrix while the one
+before it ends. Products, norms and logits are added up in fp32, so tokens are those of other runners to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tinylm.attention import Rope
+from tinylm.cache import DenseCache
+from tinylm.generate.loop import Loop
+from tinylm.generate.runners.graph import capture
+from tinylm.generate.runners.protocol import Unable
+from tinylm.ops import native
+
+DTYPES = (torch.bfloat16, torch.float16)
+PARTS = {
+    "norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "positions": "rope", "attention": "gqa", "bias": False,
+}  # fmt: skip
+# What csrc/matvec.h can: rows of matrices behind a norm, and of the others; a head.
+MOST_NORMED, MOST_COLUMNS, MOST_HEAD_DIM = 8192, 16_384, 256
+WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.gate_up", "mlp.down")  # of a block
+
+
+class MatVec:
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    granularity: ClassVar[int | None] = None  # the graph serves all lengths; this is for `graph`, its fallback
+    fallback: ClassVar[dict[str, str]] = {"cuda": "graph"}
+
+    blocks: ClassVar[int] = 0  # of a multiprocessor, and
+    ahead: ClassVar[int] = 0  # rows of each that L2 fetches before a kernel may start; 0: as csrc/matvec.cu likes
+
+    def __init__(self, loop: Loop) -> None:
+        if (why := unsupported(loop)) is not None:
+            raise Unable(why)
+        try:
+            missing = native.cuda_missing()
+        except native.NativeError as error:
+            missing = str(error)
+        if missing is not None:
+            raise Unable(missing)
+        self._loop, model, config = loop, loop.model, loop.model.config
+        assert isinstance(model.positions, Rope)
+
+        def empty(*size: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=model.device)
+
+        self._layers = [[block.get_parameter(f"{name}.weight") for name in WEIGHTS] for block in model.blocks]
+        self._norm, self._head = model.norm.get_parameter("weight"), model.head_weight[: loop.vocab_size]
+        self._rope = model.positions.tables(model.device, model.dtype)
+        self._x, self._hidden = empty(config.dim), empty(config.d_ff)
+        self._qkv = empty((config.heads + 2 * config.kv_heads) * config.head_dim)
+        self._attended = empty(config.heads, config.head_dim)
+        self._logits = empty(1, 1, loop.vocab_size, dtype=torch.float32)
+        multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count
+        self._splits = splits(config.heads, config.kv_heads, multiprocessors)
+        self._partials = empty(config.heads * self._splits * (config.head_dim + 2), dtype=torch.float32)
+        self._arrived = torch.zeros(config.heads, dtype=torch.int32, device=model.device)
+        if loop.max_new:
+            self._graph = capture(loop, [self._step])[0]
+
+    def advance(self, known: int, tokens: int) -> None:
+        for _ in range(tokens):
+            self._graph.replay()
+
+    def _step(self) -> None:
+        """`Loop.step` with a cache. Each kernel but the first starts before the one before it has ended."""
+        loop, ops, x, eps = self._loop, torch.ops.tinylm, self._x, self._loop.model.config.norm_eps
+        position, how = loop.position.view(-1), (True, self.blocks, self.ahead)
+        assert isinstance(loop.cache, DenseCache)
+        keys, values = loop.cache.streams["k"], loop.cache.streams["v"]
+        ops.matvec_embed(loop.ids.view(-1), position, loop.model.embed.weight, x)
+        for layer, (attention_norm, qkv, out, mlp_norm, gate_up, down) in enumerate(self._layers):
+            ops.matvec_norm(x, attention_norm, eps, qkv, self._qkv, False, *how)
+            ops.matvec_attention(
+                self._qkv, self._rope, position, keys[layer, 0], values[layer, 0], self._attended, self._partials,
+                self._arrived, self._splits, True,
+            )  # fmt: skip
+            ops.matvec_add(self._attended.view(-1), out, x, *how)
+            ops.matvec_norm(x, mlp_norm, eps, gate_up, self._hidden, True, *how)
+            ops.matvec_add(self._hidden, down, x, *how)
+        ops.matvec_norm(x, self._norm, eps, self._head, self._logits.view(-1), False, *how)
+        loop.take(self._logits)
+
+
+def splits(heads: int, kv_heads: int, multiprocessors: int) -> int:
+    """Runs of positions that attention is shared out to: two blocks a multiprocessor, at most 128 a head.
+
+    A block has four heads of a group at most.
+    """
+    blocks = kv_heads * -(-heads // kv_heads // 4)
+    return max(1, min(2 * multiprocessors // blocks, 128))
+
+
+def unsupported(loop: Loop) -> str | None:
+    """Why not, in one line; None: it can."""
+    model, config, cache = loop.model, loop.model.config, loop.cache
+    for name, needed in PARTS.items():
+        if (value := getattr(config, name)) != needed:
+            return f"the model's {name} is {value!r}, and it knows {needed!r} alone"
+    if model.ops["linear"] != "torch":
+        return f"the model's linears are {model.ops['linear']!r}, and it knows 'torch' alone"
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(kinds) > 1 or model.dtype not in DTYPES:
+        return f"the weights are {', '.join(sorted(map(str, kinds)))}: it needs all in bf16 or all in fp16"
+    if not all(p.is_contiguous() and p.data_ptr() % 16 == 0 for p in model.parameters()):
+        return "a weight is not contiguous, or not aligned to 16 bytes"
+    if not isinstance(cache, DenseCache) or cache.dtype != model.dtype:
+        return "it needs a dense cache of the model's dtype"
+    if len(loop.ids) != 1:
+        return f"{len(loop.ids)} rows at once: it does one"
+    sizes = {
+        "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS),
+        "head_dim": (config.head_dim, MOST_HEAD_DIM), "heads x head_dim": (config.heads * config.head_dim, MOST_COLUMNS),
+    }  # fmt: skip
+    for name, (size, most) in sizes.items():
+        if size % 8 or size > most:
+            return f"{name} is {size}: it needs a multiple of 8, at most {most}"
+    return None
