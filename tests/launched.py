@@ -57,12 +57,14 @@ def here(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(DEVICE not in needs, reason=reason))
 
 
+# These do one row in 16 bits: they have tests of their own.
+ONE_ROW = ("fused", "matvec")
 ALL = [here(name) for name in [*RUNNERS, "uncaptured", "traced"]]
-# On a CPU `traced` stands for `compile`, and one test compiles to the end. `fused`, one row in 16 bits, has its own.
+# On a CPU `traced` stands for `compile`, and one test compiles to the end.
 EACH = [
     here(name)
     for name in [*RUNNERS, "uncaptured", "traced"]
-    if name != "fused" and (name != "compile" or DEVICE == "cuda")
+    if name not in ONE_ROW and (name != "compile" or DEVICE == "cuda")
 ]
 # Those that compile anew for each shape, which takes long.
 COMPILING = ("compile", "traced")

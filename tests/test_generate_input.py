@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from launched import DEVICE, EACH, here, prompts_of
+from launched import DEVICE, EACH, ONE_ROW, here, prompts_of
 from launched import rows as rows
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Launched(Transformer):
         raise AssertionError("launched")
 
 
-@pytest.mark.parametrize("name", [*EACH, here("fused")])
+@pytest.mark.parametrize("name", [*EACH, *map(here, ONE_ROW)])
 def test_bad_input_is_one_clear_error_before_anything_is_launched(name: str) -> None:
     model = Launched(preset("nano", context=16)).eval().to(DEVICE)
     prompt = prompts_of(model, 1, 10)

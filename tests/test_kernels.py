@@ -84,6 +84,15 @@ def test_backward_has_the_threads_it_is_planned_for(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", CARDS)
+def test_the_next_matrix_finds_room_beside_the_one_before(arch: str) -> None:
+    """Two blocks of 256 threads a multiprocessor: kernels of a token overlap (csrc/matvec.cu)."""
+    for name in ("matvec_rows", "one_query"):
+        for arguments, use in kernels(arch, rf"\(anonymous namespace\)::{name}"):
+            fit = blocks(use, 256, 0, CARDS[arch])
+            assert fit >= (1 if arch == "sm_75" and use.shared > 30 << 10 else 2), (arguments, use)
+
+
+@pytest.mark.parametrize("arch", CARDS)
 def test_decode_is_one_block_of_512_threads_that_spills_nothing(arch: str) -> None:
     """What the plan leaves to the kernel itself is 4 KB of shared memory (csrc/decode.h)."""
     for _, use in kernels(arch, "decode::decode_tokens"):

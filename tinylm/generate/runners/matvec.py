@@ -1,8 +1,8 @@
-"""A token as five kernels a layer, csrc/matvec.cu, in one CUDA graph: for large models, which are bound by memory's bandwidth.
+"""A token as five kernels a layer, csrc/matvec.cu, in one CUDA graph: for large models, bound by memory's bandwidth.
 
 Of LLaMA-style models in bf16 or fp16, one row at a time, with a dense cache, which any other runner may continue. The
-kernels read the position from memory, so that one graph serves all lengths; each begins to read its matrix while the one
-before it ends. Products, norms and logits are added up in fp32, so tokens are those of other runners to rounding.
+kernels read the position from memory, so that one graph serves all lengths; each begins to read its matrix while the
+one before it ends. Products, norms and logits are added up in fp32, so tokens are other runners' to rounding.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def unsupported(loop: Loop) -> str | None:
     if len(loop.ids) != 1:
         return f"{len(loop.ids)} rows at once: it does one"
     sizes = {
-        "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS),
-        "head_dim": (config.head_dim, MOST_HEAD_DIM), "heads x head_dim": (config.heads * config.head_dim, MOST_COLUMNS),
+        "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS), "head_dim": (config.head_dim, MOST_HEAD_DIM),
+        "heads x head_dim": (config.heads * config.head_dim, MOST_COLUMNS),
     }  # fmt: skip
     for name, (size, most) in sizes.items():
         if size % 8 or size > most:
