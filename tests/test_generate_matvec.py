@@ -78,7 +78,7 @@ def test_what_it_is_for(more: dict[str, Any]) -> None:
 
 def test_weights_that_it_cannot_read_are_told() -> None:
     loop = loop_of()
-    down = loop.model.blocks[1].mlp.down
+    down: Any = loop.model.blocks[1].get_submodule("mlp.down")
     shape = down.weight.shape
     down.weight = torch.nn.Parameter(torch.empty(shape[0] * shape[1] + 1, dtype=torch.bfloat16)[1:].view(shape))
     assert "aligned" in str(unsupported(loop))

@@ -88,7 +88,7 @@ class Loop:
         self.take(logits)
 
     def take(self, logits: Tensor) -> None:
-        """Chooses each row's next token, of the logits (B, 1, at least vocab_size) of its newest, and moves on to it."""
+        """Chooses each row's next token, of its newest one's logits (B, 1, at least vocab_size), and moves on."""
         position = self.position
         position += 1  # in place, and last: the pass before still read the old one
         # By index: scatter_ becomes a copy of all ids where it is compiled.

@@ -116,7 +116,8 @@ def unsupported(loop: Loop) -> str | None:
     if len(loop.ids) != 1:
         return f"{len(loop.ids)} rows at once: it does one"
     sizes = {
-        "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS), "head_dim": (config.head_dim, MOST_HEAD_DIM),
+        "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS),
+        "head_dim": (config.head_dim, MOST_HEAD_DIM),
         "heads x head_dim": (config.heads * config.head_dim, MOST_COLUMNS),
     }  # fmt: skip
     for name, (size, most) in sizes.items():
