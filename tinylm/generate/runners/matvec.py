@@ -32,6 +32,7 @@ class MatVec:
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     granularity: ClassVar[int | None] = None  # the graph serves all lengths; this is for `graph`, its fallback
     fallback: ClassVar[dict[str, str]] = {"cuda": "graph"}
+    stops = False
 
     blocks: ClassVar[int] = 0  # of a multiprocessor, and
     ahead: ClassVar[int] = 0  # rows of each that L2 fetches before a kernel may start; 0: as csrc/matvec.cu likes
