@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -48,6 +50,18 @@ def rows() -> Iterator[None]:
         patch.setitem(RUNNERS, "uncaptured", Uncaptured)
         patch.setitem(RUNNERS, "traced", Traced)
         yield
+
+
+@contextlib.contextmanager
+def never_synchronizing() -> Iterator[None]:
+    """What waits for the GPU in here raises RuntimeError, as far as torch sees it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)  # torch, of the mode itself
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def here(name: str) -> Any:

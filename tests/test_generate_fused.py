@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launched import DEVICE, chi_square, decoded, prompts_of
+from launched import DEVICE, chi_square, decoded, never_synchronizing, prompts_of
 from torch import Tensor
 
 from tinylm.config import ConfigError, preset
@@ -333,11 +333,8 @@ def test_run_never_waits_for_the_gpu() -> None:
     model, _ = lively()
     decoder = Decoder(model, prompts_of(model, 1, 5), 8, runner="fused", sampling=Sampling(1.0, top_k=5, seed=0))
     decoder.run(4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_synchronizing():
         decoder.run(4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launched import COMPILING, DEVICE, EACH, Traced, chi_square, decoded, prompts_of
+from launched import COMPILING, DEVICE, EACH, Traced, chi_square, decoded, never_synchronizing, prompts_of
 from launched import rows as rows
 from spoken import own
 from torch import Tensor
@@ -186,11 +186,8 @@ def test_run_never_waits_for_the_gpu(name: str, sampling: Sampling) -> None:
     model = random_model()
     decoder = Decoder(model, prompts_of(model, 2, 5), 8, runner=name, sampling=sampling)
     decoder.run(4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_synchronizing():
         decoder.run(4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiling_is_over_when_the_decoder_is_made_and_is_not_repeated_for_its_like(
