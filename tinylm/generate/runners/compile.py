@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"coordinate_descent_tuning": True
 
 
 class Compile:
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)  # and cuda, once its tests have passed on a GPU
+    devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     granularity: ClassVar[int | None] = 64  # so that texts of similar length share their code
     fallback: ClassVar[dict[str, str]] = {"cpu": "eager", "cuda": "graph"}
     stops = False
