@@ -70,47 +70,17 @@ def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
         decoding(measure, device, net, phase, batch, context, impl)
         return
     if impl != "eager":
-        pytest.skip("prefill runs eagerly alone")
-
-    def first_token(prompt, cache):
-        logits = prefill(net, prompt, cache)
-        return logits, logits.argmax(-1).cpu()
-
-    def reference(prompt, cache):
-        """Without a cache, row by row."""
-        with torch.inference_mode():
-            return torch.cat([net(row[None].to(device), last_only=True) for row in prompt])
-
-    # As in inputs.decode_check, of whole logits: their deviation is their norm.
-    near = against(reference, 4 * torch.finfo(net.dtype).eps * (2 * config.layers) ** 0.5)
-
-    def check(result, prompt, cache):
-        logits, token = result
-        if not torch.equal(token, logits.argmax(-1).cpu()):
-            raise CheckFailed("the first token is not the likeliest by the logits")
-        return near(logits, prompt, cache)
-
-    measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, context)
-    measure(
-        first_token,
-        inputs=lambda: (
-            inputs.tokens(config, batch, context, "cpu"),
-            net.new_cache(batch=batch, context=context),
-        ),
-        check=check,
-        timing="host",
-        tokens=batch * context,
-        flops=net.flops(batch, context, last_only=True),
-        bytes=inputs.weight_bytes_read(net) + net.kv_bytes(batch, context),
-    )
+        pytest.skip("prefill runs eagerly here, and compiled")
+    filling(measure, device, net, batch, context, compiled=False)
 
 
 @cells(
-    choices={**inputs.CHOICES, "phase": LOOPS, "impl": COMPILED},
+    choices={**inputs.CHOICES, "phase": ["prefill", *LOOPS], "impl": COMPILED},
     refuse=inputs.refuse,
     seconds={"cuda": 45.0, "cpu": 20.0},
     quick=[decode("tiny", ["fp32"], [1], [128], ["compile"])],
     laptop=[
+        decode("small", ["bf16"], [1], [1024], ["compile"], ["prefill"]),
         decode("tiny", ["bf16"], [1], [128, 1024], ["compile", "hf"]),
         decode("tiny", ["bf16"], [1], [128, 1024], ["compile"], ["sample"]),
         decode("tiny", ["bf16"], [16], [1024], ["compile"]),
@@ -123,15 +93,20 @@ def test_decode(measure, device, phase, preset, dtype, batch, context, impl):
         decode("tiny", ["bf16"], [1], [4096], ["compile", "hf"]),
         decode("tiny", ["bf16"], [1], [4096], ["compile"], ["sample"]),
         decode("gpt2-124m", ["bf16"], [1], [512], ["compile"]),
+        decode("small", ["bf16"], [1], [4096], ["compile"], ["prefill"]),
     ],
     datacenter=[
+        decode("llama-3-8b", ["bf16"], [1], [4096], ["compile"], ["prefill"]),
         decode("llama-3-8b", ["bf16"], [1], [1024], ["compile", "hf"]),
         decode("llama-3-8b", ["bf16"], [1], [1024], ["compile"], ["sample"]),
     ],
 )
 def test_compiled(measure, device, phase, preset, dtype, batch, context, impl):
-    """Decode by what compiles first, for much longer than it is then measured."""
+    """By what compiles first, for much longer than it is then measured."""
     net = inputs.model(inputs.shape(preset, context + inputs.DECODED[device]), dtype, device)
+    if phase == "prefill" and impl not in PEERS:
+        filling(measure, device, net, batch, context, compiled=True)
+        return
     if impl not in PEERS:
         decoding(measure, device, net, phase, batch, context, impl)
         return
@@ -142,6 +117,42 @@ def test_compiled(measure, device, phase, preset, dtype, batch, context, impl):
     peer = peers.HuggingFace(net, batch, inputs.prompt_tokens(context, device), inputs.DECODED[device])
     prompt = (net.config, batch, peer.prompt_tokens, device)
     loop(measure, device, net, phase, batch, context, lambda: (peer.begin(inputs.tokens(*prompt)),))
+
+
+def filling(measure, device, net, batch, context, compiled):
+    """Measures prefill, up to the first token on the host."""
+
+    def first_token(prompt, cache):
+        logits = prefill(net, prompt, cache, compiled=compiled)
+        return logits, logits.argmax(-1).cpu()
+
+    def reference(prompt, cache):
+        """Without a cache, row by row."""
+        with torch.inference_mode():
+            return torch.cat([net(row[None].to(device), last_only=True) for row in prompt])
+
+    # As in inputs.decode_check, of whole logits: their deviation is their norm.
+    near = against(reference, 4 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5)
+
+    def check(result, prompt, cache):
+        logits, token = result
+        if not torch.equal(token, logits.argmax(-1).cpu()):
+            raise CheckFailed("the first token is not the likeliest by the logits")
+        return near(logits, prompt, cache)
+
+    measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, context)
+    measure(
+        first_token,
+        inputs=lambda: (
+            inputs.tokens(net.config, batch, context, "cpu"),
+            net.new_cache(batch=batch, context=context),
+        ),
+        check=check,
+        timing="host",
+        tokens=batch * context,
+        flops=net.flops(batch, context, last_only=True),
+        bytes=inputs.weight_bytes_read(net) + net.kv_bytes(batch, context),
+    )
 
 
 def decoding(measure, device, net, phase, batch, context, impl):

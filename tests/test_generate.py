@@ -10,12 +10,14 @@ from launched import rows as rows
 from strategies import configs
 from torch import Tensor
 
-from tinylm.cache import Batch, Cache
+from tinylm.cache import Batch, Cache, DenseCache
 from tinylm.config import ConfigError, ModelConfig, preset
 from tinylm.generate import Decoder, Sampling, generate, prefill, runners
+from tinylm.generate import decoder as decoder_module
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners import graph as graph_module
 from tinylm.model import Transformer
+from tinylm.ops.compiling import compiler
 
 pytestmark = pytest.mark.usefixtures("rows")
 PATHS: list[dict[str, Any]] = [
@@ -110,6 +112,38 @@ def test_prefill_in_chunks_is_prefill_at_once() -> None:
     for chunk in (None, 1, 3, 7, 100):
         logits = prefill(model, tokens, model.new_cache(batch=2, context=7), chunk=chunk)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the first as far as the compiler proper
+@torch.no_grad()
+def test_compiled_prefill_is_prefill(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once a shape, whichever the model's weights; of rows of one length and of several."""
+    made: list[object] = []
+
+    def counted(step: Any, *shape: object) -> Any:
+        made.append(shape)
+        return compile_for(step, *shape)
+
+    compile_for = compiler(backend)
+    monkeypatch.setattr(decoder_module, "_compile", counted)
+    models = [nano(layers=1).double() for _ in range(2)]
+    with torch.random.fork_rng():
+        for parameter in models[1].parameters():
+            parameter.normal_()
+    tokens = prompt(2, 7)
+    for lengths, chunk in [(None, None)] if backend == "inductor" else [(None, None), (None, 3), ([7, 4], None)]:
+        for model in models:
+            caches = [model.new_cache(batch=2, context=9) for _ in range(2)]
+            logits, expected = (
+                prefill(model, tokens, cache, lengths=lengths, chunk=chunk, compiled=how)
+                for cache, how in zip(caches, (True, False), strict=True)
+            )
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+            assert isinstance(caches[0], DenseCache) and isinstance(caches[1], DenseCache)
+            for name, stream in caches[0].streams.items():
+                torch.testing.assert_close(stream, caches[1].streams[name], rtol=0, atol=1e-9)
+    assert len(made) == 2 * len(set(made))
 
 
 # What each path does
