@@ -1,4 +1,4 @@
-"""Decodes a few tokens by every path of the decode kernel, small enough for a run under NVIDIA's compute-sanitizer:
+"""Decodes a few tokens by every path of the kernels of `fused` and `matvec`, for NVIDIA's compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck)
 
@@ -8,17 +8,18 @@ passes between blocks carries its own flags (csrc/decode.cuh).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
 from tinylm.config import preset
-from tinylm.generate import Decoder, Sampling
+from tinylm.generate import Decoder, RunnerWarning, Sampling
 from tinylm.generate.runners.fused import Fused
 from tinylm.model import Transformer
 
 GREEDY, TOP_K, ALL = Sampling(), Sampling(0.9, top_k=20, seed=1), Sampling(0.9, seed=1)
-# (shape, prompt, how a token is chosen, settings of the runner)
+# Of `fused`: shape, prompt, how a token is chosen, settings of the runner.
 CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({}, 5, GREEDY, {}),
     ({}, 5, TOP_K, {"copies": 1}),
@@ -29,22 +30,36 @@ CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({"heads": 16, "kv_heads": 1}, 100, GREEDY, {"split_tokens": 8}),  # many runs of positions
     ({"heads": 1, "kv_heads": 1, "head_dim": 64}, 1200, GREEDY, {"split_tokens": 100_000}),  # through the ring
 ]
+# Of `matvec`: shape, prompt, how a token is chosen.
+MATVEC: list[tuple[dict[str, Any], int, Sampling]] = [
+    ({}, 5, GREEDY),
+    ({"vocab_size": 333, "kv_heads": 1, "tied": False}, 5, TOP_K),
+    ({"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344}, 40, ALL),
+    ({"dim": 2056, "heads": 12, "kv_heads": 2, "head_dim": 128, "d_ff": 14_344}, 200, GREEDY),
+    ({"dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 256, "d_ff": 64}, 1500, GREEDY),
+]
+
+
+def decoder(runner: str, more: dict[str, Any], prompt: int, sampling: Sampling, settings: dict[str, int]) -> Decoder:
+    # Before the call, so that a report of the sanitizer stands behind its case.
+    print(runner, more, prompt, settings, flush=True)
+    model = Transformer.build(preset("nano", **{"layers": 2, **more}), device="cuda", dtype=torch.bfloat16).eval()
+    return Decoder(model, torch.zeros(1, prompt, dtype=torch.int64), 4, runner=runner, sampling=sampling)
 
 
 def main() -> None:
+    warnings.simplefilter("error", RunnerWarning)
+    for more, prompt, sampling in MATVEC:
+        decoder("matvec", more, prompt, sampling, {}).run(4).tolist()
     for more, prompt, sampling, settings in CASES:
-        model = Transformer.build(preset("nano", **{"layers": 2, **more}), device="cuda", dtype=torch.bfloat16).eval()
         before = {name: getattr(Fused, name) for name in settings}
         for name, value in settings.items():
             setattr(Fused, name, value)
-        print(
-            more, prompt, settings, flush=True
-        )  # before the call, so that a report of the sanitizer stands behind its case
-        decoder = Decoder(model, torch.zeros(1, prompt, dtype=torch.int64), 4, runner="fused", sampling=sampling)
-        runner = decoder._runner
-        assert isinstance(runner, Fused), decoder.runner
-        decoder.run(1)
-        decoder.run(3)
+        loop = decoder("fused", more, prompt, sampling, settings)
+        runner = loop._runner
+        assert isinstance(runner, Fused), loop.runner
+        loop.run(1)
+        loop.run(3)
         runner.check()
         for name, value in before.items():
             setattr(Fused, name, value)
