@@ -26,12 +26,6 @@ __device__ inline void stream16(uint4& to, bool wanted, const void* from) {
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
                : "r"(static_cast<unsigned>(wanted)), "l"(from));
 }
-// Into L2 alone, `bytes` of them, a multiple of 16.
-__device__ inline void prefetch(const void* from, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
 
 // What another kernel, or another block, has written: from L2, since L1 may hold what was there before. (Not __ldcg,
 // which the compiler may move to before a wait.)
@@ -46,10 +40,18 @@ __device__ inline float fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
 }
-__device__ inline int64_t fresh(const int64_t* from) {
-  int64_t value;
-  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+__device__ inline int fresh(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+__device__ inline uint64_t fresh(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ inline int64_t fresh(const int64_t* from) {
+  return static_cast<int64_t>(fresh(reinterpret_cast<const uint64_t*>(from)));
 }
 template <typename T>
 __device__ inline float fresh_half(const T* from) {
@@ -62,6 +64,8 @@ template <typename T>
 __device__ inline void store_half(T* to, float value) {
   *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(narrow2(make_float2(value, 0.0f), T()));
 }
+
+__device__ inline int count_bin(unsigned ordered) { return static_cast<int>(ordered >> (32 - kCountBits)); }
 
 // On the host: a launch that may overlap the end of the kernel before.
 inline const char* begin(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
