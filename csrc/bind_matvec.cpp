@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <stdexcept>
 
 #include "matvec.h"
@@ -168,7 +170,7 @@ void matvec_choose(Tensor logits, Tensor standing, double temperature, int64_t t
   a.position = static_cast<int64_t*>(place(position, "position", {1}, ScalarType::Long));
   a.table = place(table, "table", {table.size(0), a.columns});
   a.x = place(x, "x", {a.columns});
-  a.by = temperature > 0 ? 1.0f / static_cast<float>(temperature) : 0.0f;
+  a.by = temperature > 0 ? std::max(static_cast<float>(1.0 / temperature), std::numeric_limits<float>::min()) : 0.0f;
   a.vocab = static_cast<int32_t>(vocab), a.top_k = top_k < vocab ? static_cast<int32_t>(top_k) : 0;
   a.noise_start = static_cast<uint64_t>(noise_start), a.noise_stride = static_cast<uint64_t>(noise_stride);
   a.overlap = overlap;

@@ -1,6 +1,8 @@
 // What every kernel that chooses a token does: logits in their order, and the noise of a draw.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace tinylm {

@@ -6,8 +6,8 @@
 
 namespace tinylm {
 
-// Until all that earlier kernels of the stream wrote can be read. Every block must, also those with nothing to do: the
-// next kernel takes the end of this one for the end of all before it.
+// Until all that earlier kernels of the stream wrote can be read. One block at least of every kernel must: the next kernel
+// takes the end of this one for the end of all before it.
 __device__ inline void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -32,6 +32,12 @@ __device__ inline void stream16(uint4& to, bool wanted, const void* from) {
 __device__ inline void fresh16(uint4& to, bool wanted, const void* from) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%5]; }"
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+               : "r"(static_cast<unsigned>(wanted)), "l"(from)
+               : "memory");
+}
+__device__ inline void fresh8(uint2& to, bool wanted, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.cg.v2.u32 {%0, %1}, [%3]; }"
+               : "+r"(to.x), "+r"(to.y)
                : "r"(static_cast<unsigned>(wanted)), "l"(from)
                : "memory");
 }
@@ -69,6 +75,9 @@ __device__ inline int count_bin(unsigned ordered) { return static_cast<int>(orde
 
 // On the host: a launch that may overlap the end of the kernel before.
 inline const char* begin(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
+  // A multiprocessor has one division into L1 and shared memory at a time, and a kernel that wants another one waits there
+  // until the kernel before it has left. So all want the same: nothing here needs L1.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchConfig_t launch = {};
   cudaLaunchAttribute attribute = {};
   launch.gridDim = blocks;

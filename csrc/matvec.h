@@ -16,7 +16,7 @@ struct Standing {
   uint64_t best;   // rank_key (choice.cuh) of the largest
   uint64_t drawn;  // draw_key of what is drawn so far
   int32_t undecided, arrived;
-  int32_t counts[kCounts];  // by the first bits of their order
+  alignas(16) int32_t counts[kCounts];  // by the first bits of their order
 };
 
 // y = weight @ x, with norm: weight @ (x * norm / sqrt(mean(x^2) + eps)); then
