@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) choose_token(const __grid_constant__
     __syncthreads();
     best = keys[0];
   }
-  const int64_t chosen = index_of(best);
+  const int64_t chosen = min(max(index_of(best), 0), a.vocab - 1);  // whatever came of it, a token
   embed(a.table, chosen, a.x, a.columns);
   __syncthreads();  // all have read what the next token starts with
   if (thread == 0) {
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) embed_token(const __grid_constant__ 
 const char* choice_cuda(const Choice& a, void* stream) {
   Choice call = a;
   void* arguments[] = {&call};
-  if (a.by == 0.0f) return begin(reinterpret_cast<const void*>(choose_token<false>), dim3(1), kThreads, a.overlap, arguments, stream);
+  if (a.by == 0.0f)
+    return begin(reinterpret_cast<const void*>(choose_token<false>), dim3(1), kThreads, a.overlap, arguments, stream);
   const int most = this_card().multiprocessors, blocks = (a.vocab + kThreads - 1) / kThreads;
   return begin(reinterpret_cast<const void*>(choose_token<true>), dim3(blocks < most ? blocks : most), kThreads, a.overlap,
                arguments, stream);

@@ -93,7 +93,7 @@ def test_its_limits_are_those_of_the_kernels() -> None:
     assert most["kMostNormed"] == matvec.MOST_NORMED and most["kMostColumns"] == matvec.MOST_COLUMNS
     assert most["kMostHeadDim"] == matvec.MOST_HEAD_DIM
     assert splits(1, 1, 10_000) == most["kMostSplits"]
-    assert matvec.STANDING_WORDS == 4 + (1 << most["kCountBits"]) // 2
+    assert 4 + (1 << most["kCountBits"]) // 2 == matvec.STANDING_WORDS
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 264))
@@ -223,7 +223,7 @@ def test_a_product_behind_a_norm(
 def test_attention_at_any_length(
     data: st.DataObject, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, runs: int, spare: int
 ) -> None:
-    """Every position a step can be at, borders of tiles, of a block's turns and of runs among them; twice, with the same bits."""
+    """Every position a step can be at, borders of tiles, turns and runs among them; twice, with the same bits."""
     border = st.integers(1, 3 * runs).map(lambda n: n * 128) | st.integers(1, 20).map(lambda n: n * 16)
     length = data.draw(st.integers(1, 80) | st.tuples(border, st.integers(-1, 1)).map(sum))
     assume(length >= 1)
@@ -248,8 +248,8 @@ def test_attention_at_any_length(
     q, k, v = qkv.view(-1, head_dim).double().split((heads, kv_heads, kv_heads))
     turned = rotate(torch.cat((q, k))[None, :, None], rope.double()[:, None, None, position : position + 1])[0, :, 0]
     q, k = turned.split((heads, kv_heads))
-    # Queries are rounded as the model's own are; where fp64 lies so near the middle of two that fp32 may not see on which
-    # side, to either.
+    # Queries are rounded as the model's own are; where fp64 lies so near the middle of two that fp32 may not see on
+    # which side, to either.
     slack = 8 * ULP * qkv.double().abs().amax()
     least, most = ((q + side * slack).to(dtype).double() for side in (-1, 1))
     q = q.to(dtype).double()

@@ -67,6 +67,7 @@ class MatVec:
         self._partials = empty(config.heads * self._splits * (config.head_dim + 2), dtype=torch.float32)
         self._arrived = torch.zeros(config.heads, dtype=torch.int32, device=model.device)
         if loop.max_new:
+            self._embed()
             self._graph = capture(loop, [self._step])[0]
 
     def advance(self, known: int, tokens: int) -> None:
