@@ -53,11 +53,15 @@ template <typename T>
 __device__ inline void multiply(float (&sum)[4], const unsigned (&rows)[4], unsigned low, unsigned high) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(low), "r"(high));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(low), "r"(high));
   }
@@ -80,7 +84,9 @@ __device__ inline void multiply(float (&sum)[4], const unsigned (&rows)[4], unsi
 #endif
 }
 
-__device__ inline unsigned word_of(const uint4& pack, int w) { return w == 0 ? pack.x : w == 1 ? pack.y : w == 2 ? pack.z : pack.w; }
+__device__ inline unsigned word_of(const uint4& pack, int w) {
+  return w == 0 ? pack.x : w == 1 ? pack.y : w == 2 ? pack.z : pack.w;
+}
 
 // Of each two lanes that a tile's column or row has, the largest, and the sum.
 __device__ inline float column_largest(float x) {
@@ -151,20 +157,23 @@ __global__ void __launch_bounds__(kThreads, N <= 2 ? 2 : 1) one_query(const __gr
   for (int i = thread; i < 2 * kPacks; i += kThreads) (&newest_kv[0][0])[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   wait_for_earlier();
-  // Pairs of the queries, then of the key: element e and the one half a head further. In as many turns as are needed, each
-  // of which asks for all its numbers at once.
+  // The queries, then the key: two elements, and the two that are half a head further, a thread, as often as it takes.
   const T* qkv = static_cast<const T*>(a.qkv);
   const T* table = static_cast<const T*>(a.rope) + position * d;
   const T* signed_table = table + a.rope_positions * d;
   uint4 value = {};
   fresh16(value, owns && thread < packs, qkv + static_cast<int64_t>(a.heads + a.kv_heads + kv) * d + thread * 8);
-  for (int i = thread; i < (heads + owns) * half; i += kThreads) {
-    const int head = i / half, e = i % half;
+  auto two = [](const T* from) { return widen2(static_cast<unsigned>(fresh(reinterpret_cast<const int*>(from))), T()); };
+  for (int i = thread; i < (heads + owns) * half / 2; i += kThreads) {
+    const int head = i / (half / 2), e = i % (half / 2) * 2;
     const T* from = qkv + static_cast<int64_t>(head < heads ? first + head : a.heads + kv) * d + e;
-    const float low = fresh_half(from), high = fresh_half(from + half);
-    T* to = reinterpret_cast<T*>(head < heads ? q[head] : newest_kv[0]) + e;
-    store_half(to, low * fresh_half(table + e) + high * fresh_half(signed_table + e));
-    store_half(to + half, high * fresh_half(table + e + half) + low * fresh_half(signed_table + e + half));
+    const float2 low = two(from), low_cosine = two(table + e), low_sine = two(signed_table + e);
+    const float2 high = two(from + half), high_cosine = two(table + e + half), high_sine = two(signed_table + e + half);
+    unsigned* to = reinterpret_cast<unsigned*>(head < heads ? q[head] : newest_kv[0]) + e / 2;
+    to[0] = narrow2(
+        make_float2(low.x * low_cosine.x + high.x * low_sine.x, low.y * low_cosine.y + high.y * low_sine.y), T());
+    to[half / 2] = narrow2(
+        make_float2(high.x * high_cosine.x + low.x * high_sine.x, high.y * high_cosine.y + low.y * high_sine.y), T());
   }
   if (owns && thread < packs) newest_kv[1][thread] = value;
   __syncthreads();
@@ -284,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, N <= 2 ? 2 : 1) one_query(const __gr
   if (!last) return;
   __threadfence();
   // Two dimensions of a head a thread, whose first runs are on their way while their weights are found.
-  constexpr int kOnce = 32;
+  constexpr int kOnce = 36;  // at least the 33 of an 8B model on an H200
   uint2 parts[kOnce] = {};
   const int pairs = d / 2;
   auto request = [&](int i, int begin) {
