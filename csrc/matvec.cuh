@@ -35,12 +35,6 @@ __device__ inline void fresh16(uint4& to, bool wanted, const void* from) {
                : "r"(static_cast<unsigned>(wanted)), "l"(from)
                : "memory");
 }
-__device__ inline void fresh8(uint2& to, bool wanted, const void* from) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.cg.v2.u32 {%0, %1}, [%3]; }"
-               : "+r"(to.x), "+r"(to.y)
-               : "r"(static_cast<unsigned>(wanted)), "l"(from)
-               : "memory");
-}
 __device__ inline float fresh(const float* from) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
@@ -58,6 +52,13 @@ __device__ inline uint64_t fresh(const uint64_t* from) {
 }
 __device__ inline int64_t fresh(const int64_t* from) {
   return static_cast<int64_t>(fresh(reinterpret_cast<const uint64_t*>(from)));
+}
+// Counts a block in, of those that share work; returns how many came before. Of one thread behind a barrier of its block:
+// what the block wrote is seen by whoever counts in after it, behind a barrier of its own.
+__device__ inline int arrive(int32_t* count) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
 }
 template <typename T>
 __device__ inline float fresh_half(const T* from) {

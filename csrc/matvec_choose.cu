@@ -101,12 +101,10 @@ __global__ void __launch_bounds__(kThreads) choose_token(const __grid_constant__
     drawn = block_largest(drawn);
     if (thread == 0 && drawn != 0)
       atomicMax(reinterpret_cast<unsigned long long*>(&standing.drawn), static_cast<unsigned long long>(drawn));
-    __threadfence();
     __syncthreads();
-    if (thread == 0) last = atomicAdd(&standing.arrived, 1) == static_cast<int>(gridDim.x) - 1;
+    if (thread == 0) last = arrive(&standing.arrived) == static_cast<int>(gridDim.x) - 1;
     __syncthreads();
     if (!last) return;
-    __threadfence();
     best = 0;
     if (a.top_k > 0) {
       const int count = fresh(&standing.undecided);

@@ -110,9 +110,9 @@ class MatVec:
 def splits(heads: int, kv_heads: int, multiprocessors: int) -> int:
     """Runs of positions that attention is shared out to: two blocks a multiprocessor, at most 128 a head.
 
-    A block has eight heads of a group at most.
+    A block has four heads of a group at most.
     """
-    blocks = kv_heads * -(-heads // kv_heads // 8)
+    blocks = kv_heads * -(-heads // kv_heads // 4)
     return max(1, min(2 * multiprocessors // blocks, 128))
 
 
