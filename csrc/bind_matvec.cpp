@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <stdexcept>
 
 #include "matvec.h"
@@ -62,33 +64,48 @@ void check_columns(int64_t columns, int64_t most) {
                   " columns: they must be a multiple of 8, at most ", most);
 }
 
-Reading reading(int64_t blocks, int64_t ahead) {
-  STD_TORCH_CHECK(blocks >= 0 && blocks <= 32 && ahead >= -1 && ahead <= 1024, "matvec: blocks ", blocks, ", ahead ", ahead);
-  return {static_cast<int32_t>(blocks), static_cast<int32_t>(ahead)};
+int32_t blocks_of(int64_t blocks) {
+  STD_TORCH_CHECK(blocks >= 1 && blocks <= 32, "matvec: ", blocks, " blocks: 1 to 32");
+  return static_cast<int32_t>(blocks);
 }
 
-// out [n] = weight [n, columns] @ the norm of x [columns]; out may be fp32. With swiglu: of weight [2 n, columns].
-void matvec_norm(Tensor x, Tensor norm, double eps, Tensor weight, Tensor out, bool swiglu, bool overlap, int64_t blocks,
-                 int64_t ahead) {
-  const Place place(weight);
+// Of int64 words, zeros at first.
+Standing* standing_of(const Place& place, const Tensor& standing, int64_t vocab) {
+  return static_cast<Standing*>(place(standing, "standing", {choice_words(vocab)}, ScalarType::Long));
+}
+
+// out [n] = weight [n, columns] @ the norm of x [columns]. With swiglu: of weight [2 n, columns].
+MatVec behind_norm(const Place& place, const Tensor& x, const Tensor& norm, double eps, const Tensor& weight,
+                   const Tensor& out, ScalarType of, bool swiglu, bool overlap, int64_t blocks) {
   STD_TORCH_CHECK(weight.dim() == 2 && out.dim() == 1, "matvec: weight must be a matrix, out a vector");
   MatVec a{};
   a.outputs = out.size(0), a.columns = weight.size(1);
   check_columns(a.columns, kMostNormed);
   STD_TORCH_CHECK(a.outputs > 0 && a.outputs <= 1 << 28, "matvec: ", a.outputs, " outputs");
-  a.wide = out.scalar_type() == ScalarType::Float, a.swiglu = swiglu, a.bf16 = place.bf16(), a.overlap = overlap;
-  STD_TORCH_CHECK(!(a.wide && swiglu), "matvec: SwiGLU gives no fp32");
+  a.wide = of == ScalarType::Float, a.swiglu = swiglu, a.bf16 = place.bf16(), a.overlap = overlap;
   STD_TORCH_CHECK(static_cast<float>(eps) > 0, "matvec: eps must be positive, got ", eps);
   a.x = place(x, "x", {a.columns});
   a.norm = place(norm, "norm", {a.columns});
   a.weight = place(weight, "weight", {a.outputs * (swiglu ? 2 : 1), a.columns});
-  a.out = place(out, "out", {a.outputs}, a.wide ? ScalarType::Float : place.dtype);
-  a.eps = static_cast<float>(eps), a.reading = reading(blocks, ahead);
+  a.out = place(out, "out", {a.outputs}, of);
+  a.eps = static_cast<float>(eps), a.blocks = blocks_of(blocks);
+  return a;
+}
+void matvec_norm(Tensor x, Tensor norm, double eps, Tensor weight, Tensor out, bool swiglu, bool overlap, int64_t blocks) {
+  const Place place(weight);
+  place.run(matvec_cuda, behind_norm(place, x, norm, eps, weight, out, place.dtype, swiglu, overlap, blocks));
+}
+// The same into logits in fp32, and what matvec_choose needs to know of them into standing; count: for a top k too.
+void matvec_logits(Tensor x, Tensor norm, double eps, Tensor weight, Tensor logits, Tensor standing, bool count,
+                   bool overlap, int64_t blocks) {
+  const Place place(weight);
+  MatVec a = behind_norm(place, x, norm, eps, weight, logits, ScalarType::Float, false, overlap, blocks);
+  a.standing = standing_of(place, standing, a.outputs), a.count = count;
   place.run(matvec_cuda, a);
 }
 
 // out [n] += weight [n, columns] @ x [columns]
-void matvec_add(Tensor x, Tensor weight, Tensor out, bool overlap, int64_t blocks, int64_t ahead) {
+void matvec_add(Tensor x, Tensor weight, Tensor out, bool overlap, int64_t blocks) {
   const Place place(weight);
   STD_TORCH_CHECK(weight.dim() == 2, "matvec: weight must be a matrix");
   MatVec a{};
@@ -99,7 +116,7 @@ void matvec_add(Tensor x, Tensor weight, Tensor out, bool overlap, int64_t block
   a.x = place(x, "x", {a.columns});
   a.weight = place(weight, "weight", {a.outputs, a.columns});
   a.out = place(out, "out", {a.outputs});
-  a.reading = reading(blocks, ahead);
+  a.blocks = blocks_of(blocks);
   place.run(matvec_cuda, a);
 }
 
@@ -132,6 +149,34 @@ void matvec_attention(Tensor qkv, Tensor rope, Tensor position, Tensor keys, Ten
   place.run(one_query_cuda, a);
 }
 
+// See Choice. logits [vocab] fp32 and standing as matvec_logits leaves them; temperature 0: the likeliest; top_k 0: among
+// all; table [at least vocab, columns].
+void matvec_choose(Tensor logits, Tensor standing, double temperature, int64_t top_k, int64_t noise_start,
+                   int64_t noise_stride, Tensor ids, Tensor position, Tensor table, Tensor x, bool overlap) {
+  const Place place(table);
+  STD_TORCH_CHECK(table.dim() == 2 && ids.dim() == 1 && logits.dim() == 1,
+                  "matvec: table must be a matrix, ids and logits vectors");
+  Choice a{};
+  const int64_t vocab = logits.size(0);
+  a.columns = table.size(1);
+  STD_TORCH_CHECK(a.columns > 0 && a.columns % 8 == 0, "matvec: ", a.columns, " columns: they must be a multiple of 8");
+  STD_TORCH_CHECK(vocab > 0 && vocab <= table.size(0) && vocab <= 1 << 28, "matvec: ", vocab, " logits for a table of ",
+                  table.size(0));
+  STD_TORCH_CHECK(temperature >= 0 && top_k >= 0, "matvec: temperature ", temperature, ", top_k ", top_k);
+  a.logits = static_cast<const float*>(place(logits, "logits", {vocab}, ScalarType::Float));
+  a.standing = standing_of(place, standing, vocab);
+  a.undecided = reinterpret_cast<uint64_t*>(a.standing + 1);
+  a.ids = static_cast<int64_t*>(place(ids, "ids", {ids.size(0)}, ScalarType::Long));
+  a.position = static_cast<int64_t*>(place(position, "position", {1}, ScalarType::Long));
+  a.table = place(table, "table", {table.size(0), a.columns});
+  a.x = place(x, "x", {a.columns});
+  a.by = temperature > 0 ? std::max(static_cast<float>(1.0 / temperature), std::numeric_limits<float>::min()) : 0.0f;
+  a.vocab = static_cast<int32_t>(vocab), a.top_k = top_k < vocab ? static_cast<int32_t>(top_k) : 0;
+  a.noise_start = static_cast<uint64_t>(noise_start), a.noise_stride = static_cast<uint64_t>(noise_stride);
+  a.overlap = overlap;
+  place.run(choice_cuda, a);
+}
+
 // x [columns] = table [any, columns] at ids [any][position [1]], which must be within.
 void matvec_embed(Tensor ids, Tensor position, Tensor table, Tensor x) {
   const Place place(table);
@@ -152,18 +197,26 @@ void matvec_embed(Tensor ids, Tensor position, Tensor table, Tensor x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(tinylm, m) {
   m.def(
       "matvec_norm(Tensor x, Tensor norm, float eps, Tensor weight, Tensor(a!) out, bool swiglu, bool overlap,"
-      " int blocks, int ahead) -> ()");
-  m.def("matvec_add(Tensor x, Tensor weight, Tensor(a!) out, bool overlap, int blocks, int ahead) -> ()");
+      " int blocks) -> ()");
+  m.def(
+      "matvec_logits(Tensor x, Tensor norm, float eps, Tensor weight, Tensor(a!) logits, Tensor(b!) standing, bool count,"
+      " bool overlap, int blocks) -> ()");
+  m.def("matvec_add(Tensor x, Tensor weight, Tensor(a!) out, bool overlap, int blocks) -> ()");
   m.def(
       "matvec_attention(Tensor qkv, Tensor rope, Tensor position, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) out,"
       " Tensor(d!) partials, Tensor(e!) arrived, int splits, bool overlap) -> ()");
+  m.def(
+      "matvec_choose(Tensor logits, Tensor(a!) standing, float temperature, int top_k, int noise_start,"
+      " int noise_stride, Tensor(b!) ids, Tensor(c!) position, Tensor table, Tensor(d!) x, bool overlap) -> ()");
   m.def("matvec_embed(Tensor ids, Tensor position, Tensor table, Tensor(a!) x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tinylm, CUDA, m) {
   m.impl("matvec_norm", TORCH_BOX(&tinylm::matvec_norm));
+  m.impl("matvec_logits", TORCH_BOX(&tinylm::matvec_logits));
   m.impl("matvec_add", TORCH_BOX(&tinylm::matvec_add));
   m.impl("matvec_attention", TORCH_BOX(&tinylm::matvec_attention));
+  m.impl("matvec_choose", TORCH_BOX(&tinylm::matvec_choose));
   m.impl("matvec_embed", TORCH_BOX(&tinylm::matvec_embed));
 }
 

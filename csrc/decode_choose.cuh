@@ -5,31 +5,11 @@
 // when the next token begins, and has two places, for tokens of even and of odd number.
 #pragma once
 
+#include "choice.cuh"
 #include "decode.cuh"
 
 namespace tinylm::decode {
 
-// Orders (value, index) as an integer: the larger value, then the smaller index.
-__device__ inline unsigned ordered(float value) {
-  const unsigned bits = __float_as_uint(value);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ inline uint64_t rank_key(float value, int index) {
-  return uint64_t{ordered(value)} << 32 | ~static_cast<unsigned>(index);
-}
-__device__ inline int index_of(uint64_t key) { return static_cast<int>(~static_cast<unsigned>(key)); }
-__device__ inline float value_of(uint64_t key) {
-  const unsigned bits = static_cast<unsigned>(key >> 32);
-  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
-__device__ inline uint64_t largest(uint64_t key) {  // of a warp
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const uint64_t other = __shfl_xor_sync(~0u, key, offset);
-    key = other > key ? other : key;
-  }
-  return key;
-}
 // Of a block; two barriers, the first one before anything is read.
 __device__ inline uint64_t largest_of_block(Here& here, uint64_t key) {
   key = largest(key);
@@ -38,17 +18,6 @@ __device__ inline uint64_t largest_of_block(Here& here, uint64_t key) {
   key = largest(here.fixed.keys[here.lane % kWarps]);
   __syncthreads();
   return key;
-}
-
-// ---- Sampling, as tinylm.generate.sampling has it: argmax(p / noise) among the top k, noise of Exponential(1) that is a
-// pure function of the row's seed, the position and the token (SplitMix64).
-
-__device__ inline float log_noise(uint64_t state) {
-  uint64_t x = (state ^ state >> 30) * 0xBF58476D1CE4E5B9ull;
-  x = (x ^ x >> 27) * 0x94D049BB133111EBull;
-  x = (x ^ x >> 31) & 0x7fffffffffffffffull;
-  const float uniform = fminf(fmaxf(__ll2float_rn(static_cast<long long>(x)) * 0x1p-63f, 0x1p-63f), 1.0f - 0x1p-24f);
-  return logf(-log1pf(-uniform));
 }
 
 struct Sampler {
@@ -193,8 +162,7 @@ struct Sampler {
     for (int i = here.thread; i < vocab; i += kThreads) {
       const float v = logit(i);
       if (!(v >= threshold)) continue;
-      const uint64_t key =
-          rank_key((v - high) * by - log_noise(state + static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull), i);
+      const uint64_t key = draw_key(v, high, by, state, i);
       best = key > best ? key : best;
     }
     return index_of(largest_of_block(here, best));

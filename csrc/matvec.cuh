@@ -6,8 +6,8 @@
 
 namespace tinylm {
 
-// Until all that earlier kernels of the stream wrote can be read. Every block must, also those with nothing to do: the
-// next kernel takes the end of this one for the end of all before it.
+// Until all that earlier kernels of the stream wrote can be read. One block at least of every kernel must: the next kernel
+// takes the end of this one for the end of all before it.
 __device__ inline void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -26,12 +26,6 @@ __device__ inline void stream16(uint4& to, bool wanted, const void* from) {
                : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
                : "r"(static_cast<unsigned>(wanted)), "l"(from));
 }
-// Into L2 alone, `bytes` of them, a multiple of 16.
-__device__ inline void prefetch(const void* from, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
 
 // What another kernel, or another block, has written: from L2, since L1 may hold what was there before. (Not __ldcg,
 // which the compiler may move to before a wait.)
@@ -46,10 +40,25 @@ __device__ inline float fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
 }
-__device__ inline int64_t fresh(const int64_t* from) {
-  int64_t value;
-  asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+__device__ inline int fresh(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+__device__ inline uint64_t fresh(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ inline int64_t fresh(const int64_t* from) {
+  return static_cast<int64_t>(fresh(reinterpret_cast<const uint64_t*>(from)));
+}
+// Counts a block in, of those that share work; returns how many came before. Of one thread behind a barrier of its block:
+// what the block wrote is seen by whoever counts in after it, behind a barrier of its own.
+__device__ inline int arrive(int32_t* count) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
 }
 template <typename T>
 __device__ inline float fresh_half(const T* from) {
@@ -63,8 +72,13 @@ __device__ inline void store_half(T* to, float value) {
   *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(narrow2(make_float2(value, 0.0f), T()));
 }
 
+__device__ inline int count_bin(unsigned ordered) { return static_cast<int>(ordered >> (32 - kCountBits)); }
+
 // On the host: a launch that may overlap the end of the kernel before.
 inline const char* begin(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
+  // A multiprocessor has one division into L1 and shared memory at a time, and a kernel that wants another one waits there
+  // until the kernel before it has left. So all want the same: nothing here needs L1.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchConfig_t launch = {};
   cudaLaunchAttribute attribute = {};
   launch.gridDim = blocks;

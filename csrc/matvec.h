@@ -1,4 +1,4 @@
-// What one token through a large model takes besides its choice: plain pointers and sizes; no torch. The binding checks
+// What one token through a large model takes: plain pointers and sizes; no torch. The binding checks
 // everything before. Vectors are a token's, matrices [rows, columns] and contiguous; all in bf16 or fp16 but where it says
 // so, and aligned to 16 bytes.
 //
@@ -10,10 +10,13 @@
 
 namespace tinylm {
 
-// How a matrix's rows are read; 0: what suits an H200.
-struct Reading {
-  int32_t blocks;  // of a multiprocessor
-  int32_t ahead;   // rows of each block that L2 fetches while the kernel before still ends; -1: none
+// What is known of a token's logits once they are all there; zeros before, as they are again when it is chosen.
+constexpr int kCountBits = 12, kCounts = 1 << kCountBits;
+struct Standing {
+  uint64_t best;   // rank_key (choice.cuh) of the largest
+  uint64_t drawn;  // draw_key of what is drawn so far
+  int32_t undecided, arrived;
+  alignas(16) int32_t counts[kCounts];  // by the first bits of their order
 };
 
 // y = weight @ x, with norm: weight @ (x * norm / sqrt(mean(x^2) + eps)); then
@@ -27,7 +30,9 @@ struct MatVec {
   float eps;
   bool bf16, swiglu, add, wide;  // wide: out is fp32
   bool overlap;
-  Reading reading;
+  int32_t blocks;      // of a multiprocessor
+  Standing* standing;  // of an out in fp32: where its best goes; null: nowhere
+  bool count;          // and its counts
 };
 constexpr int64_t kMostColumns = 16384, kMostNormed = 8192;
 
@@ -49,6 +54,24 @@ struct OneQuery {
 };
 constexpr int kMostHeadDim = 256, kMostSplits = 128;
 
+// ids[*position + 1] = the likeliest, or with `by` a draw among the top_k likeliest; then *position += 1, and
+// x = table[ids[*position]]
+struct Choice {
+  const float* logits;  // [vocab]
+  Standing* standing;   // with its best, and with top_k its counts
+  uint64_t* undecided;  // [vocab]
+  int64_t *ids, *position;
+  const void* table;
+  void* x;
+  int64_t columns;  // a multiple of 8
+  uint64_t noise_start, noise_stride;  // see choice.cuh
+  float by;         // 1 / temperature; 0: the likeliest
+  int32_t vocab, top_k;  // top_k 0: among all
+  bool overlap;
+};
+// Words of 8 bytes: a Standing, and the undecided behind it.
+constexpr int64_t choice_words(int64_t vocab) { return static_cast<int64_t>(sizeof(Standing)) / 8 + vocab; }
+
 // x = table[ids[*position]]
 struct Embedding {
   const int64_t *ids, *position;
@@ -60,6 +83,7 @@ struct Embedding {
 // On the current device, on the stream (a cudaStream_t); null, or CUDA's message. Never synchronize.
 const char* matvec_cuda(const MatVec&, void* stream);
 const char* one_query_cuda(const OneQuery&, void* stream);
+const char* choice_cuda(const Choice&, void* stream);
 const char* embedding_cuda(const Embedding&, void* stream);
 inline int64_t one_query_partials(int64_t heads, int64_t head_dim, int64_t splits) { return heads * splits * (head_dim + 2); }
 

@@ -6,7 +6,7 @@
 // of the run, and the runs of a head in memory: the last block that arrives there adds them up, in their own order.
 //
 // How long the runs are follows from the position, which is read from memory, so that one graph serves all lengths; blocks
-// without a run leave. Keys and values of earlier tokens are requested before the kernel that makes this token's ends.
+// without a run leave at once. Keys and values of earlier tokens are requested before the kernel that makes this token's ends.
 #include "matvec.cuh"
 
 namespace tinylm {
@@ -81,10 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
   const int newest = static_cast<int>(position), length = newest + 1;
   const int run = ((length + a.splits - 1) / a.splits + kBatch - 1) / kBatch * kBatch;
   const int runs = (length + run - 1) / run, start = split * run, stop = min(start + run, length);
-  if (split >= runs) {
-    wait_for_earlier();
-    return;
-  }
+  if (split >= runs) return;
   const bool owns = split == runs - 1;  // the run that the new key and value end
   const int64_t row = static_cast<int64_t>(kv) * a.capacity;
   const T* keys = static_cast<const T*>(a.keys) + row * d + c * 8;
@@ -268,15 +265,13 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
     }
   }
   if (runs == 1) return;
-  __threadfence();
   __syncthreads();
   if (thread == 0) {
-    last = atomicAdd(a.arrived + blockIdx.y, 1) == runs - 1;
+    last = arrive(a.arrived + blockIdx.y) == runs - 1;
     if (last) a.arrived[blockIdx.y] = 0;
   }
   __syncthreads();
   if (!last) return;
-  __threadfence();
   if (warp < heads) {
     constexpr int kOf = kMostSplits / 32;  // runs of a lane
     const float* from = extents + 2 * static_cast<int64_t>(first + warp) * a.splits;

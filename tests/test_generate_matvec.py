@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from launched import DEVICE, decoded, prompts_of
+from launched import DEVICE, chi_square, decoded, never_synchronizing, prompts_of
 from torch import Tensor
 
 from tinylm.attention import rotate
@@ -24,6 +24,7 @@ from tinylm.generate import Decoder, RunnerWarning, Sampling, prefill
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners import matvec
 from tinylm.generate.runners.matvec import splits, unsupported
+from tinylm.generate.sampling import Noise, select
 from tinylm.model import Transformer
 from tinylm.ops import native
 
@@ -88,10 +89,11 @@ def test_weights_that_it_cannot_read_are_told() -> None:
 
 def test_its_limits_are_those_of_the_kernels() -> None:
     header = (Path(__file__).parents[1] / "csrc" / "matvec.h").read_text()
-    most = {name: int(value) for name, value in re.findall(r"(kMost\w+) = (\d+)", header)}
+    most = {name: int(value) for name, value in re.findall(r"(k\w+) = (\d+)", header)}
     assert most["kMostNormed"] == matvec.MOST_NORMED and most["kMostColumns"] == matvec.MOST_COLUMNS
     assert most["kMostHeadDim"] == matvec.MOST_HEAD_DIM
     assert splits(1, 1, 10_000) == most["kMostSplits"]
+    assert 4 + (1 << most["kCountBits"]) // 2 == matvec.STANDING_WORDS
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 264))
@@ -142,6 +144,19 @@ def columns_up_to(most: int) -> st.SearchStrategy[int]:
     return st.integers(1, 64).map(lambda n: 8 * n) | st.sampled_from(edges)
 
 
+def standing_of(logits: Tensor, count: bool) -> Tensor:
+    """What `matvec_logits` finds out of logits (V,) fp32, in int64 words; see `Standing` in csrc/matvec.h."""
+    bits = (logits + 0.0).view(torch.int32).long() & 0xFFFFFFFF
+    ordered = torch.where(bits >> 31 == 1, ~bits & 0xFFFFFFFF, bits | 1 << 31)
+    best = int(logits.argmax())
+    standing = torch.zeros(matvec.STANDING_WORDS + len(logits), dtype=torch.int64, device=logits.device)
+    key = int(ordered[best]) << 32 | 0xFFFFFFFF - best
+    standing[0] = key - (key >> 63 << 64)
+    if count:
+        standing.view(torch.int32)[8 : 8 + 4096] = torch.bincount(ordered >> 20, minlength=4096).int()
+    return standing
+
+
 def rounding(columns: int) -> float:
     """Of a sum of so many products, relative to the sum of their sizes.
 
@@ -157,11 +172,10 @@ def rounding(columns: int) -> float:
 def test_a_product_that_is_added(
     data: st.DataObject, dtype: torch.dtype, columns: int, outputs: int, overlap: bool
 ) -> None:
-    blocks = data.draw(st.integers(0, 3))
     x, weight = values(columns, seed=1, dtype=dtype), values(outputs, columns, seed=2, dtype=dtype)
     out = values(outputs, seed=3, dtype=dtype)
     expected = out.double() + weight.double() @ x.double()
-    torch.ops.tinylm.matvec_add(x, weight, out, overlap, blocks, data.draw(st.integers(-1, 9)))
+    torch.ops.tinylm.matvec_add(x, weight, out, overlap, data.draw(st.integers(1, 4)))
     sizes = weight.double().abs() @ x.double().abs()
     bound = rounding(columns) * sizes + (torch.finfo(dtype).eps / 2 + 2 * ULP) * expected.abs() + 2.0**-25
     assert wrote_only(out) and ((out.double() - expected).abs() <= bound).all()
@@ -174,13 +188,18 @@ def test_a_product_that_is_added(
 def test_a_product_behind_a_norm(
     data: st.DataObject, dtype: torch.dtype, columns: int, outputs: int, ending: str
 ) -> None:
-    swiglu, blocks, ahead = ending == "swiglu", data.draw(st.integers(0, 3)), data.draw(st.integers(-1, 9))
+    swiglu, how = ending == "swiglu", (data.draw(st.booleans()), data.draw(st.integers(1, 4)))
     x, norm = values(columns, seed=1, dtype=dtype), values(columns, seed=2, dtype=dtype)
     weight = values(outputs * (2 if swiglu else 1), columns, seed=3, dtype=dtype)
     weight /= columns**0.5  # so that SwiGLU is neither 0 nor linear
     kind = torch.float32 if ending == "fp32" else dtype
     out = values(outputs, seed=4, dtype=kind)
-    torch.ops.tinylm.matvec_norm(x, norm, 1e-5, weight, out, swiglu, data.draw(st.booleans()), blocks, ahead)
+    if ending == "fp32":
+        standing = torch.zeros(matvec.STANDING_WORDS + outputs, dtype=torch.int64, device=DEVICE)
+        torch.ops.tinylm.matvec_logits(x, norm, 1e-5, weight, out, standing, True, *how)
+        assert torch.equal(standing, standing_of(out, True))
+    else:
+        torch.ops.tinylm.matvec_norm(x, norm, 1e-5, weight, out, swiglu, *how)
     normed = x.double() * (x.double().square().mean() + 1e-5).rsqrt() * norm.double()
     y, error = weight.double() @ normed, rounding(columns) * (weight.double().abs() @ normed.abs())
     expected, bound = y, error
@@ -198,7 +217,7 @@ def test_a_product_behind_a_norm(
 @on_gpu
 @settings(max_examples=200)
 @given(
-    st.data(), half, st.integers(1, 4), st.integers(1, 9), st.integers(1, 32).map(lambda n: 8 * n),
+    st.data(), half, st.integers(1, 4), st.integers(1, 18), st.integers(1, 32).map(lambda n: 8 * n),
     st.integers(1, 20), st.integers(0, 3),
 )  # fmt: skip
 def test_attention_at_any_length(
@@ -246,20 +265,95 @@ def test_attention_at_any_length(
     assert ((outs[0].double() - expected).abs() <= bound).all()
 
 
+def chosen(logits: Tensor, sampling: Sampling, place: int, noise: Noise) -> int:
+    """By the kernel; that it leaves all as the next token needs it is seen to."""
+    vocab = len(logits)
+    top_k = sampling.top_k or 0 if sampling.temperature and (sampling.top_k or 0) < vocab else 0
+    standing = standing_of(logits, top_k > 0)
+    ids, position = torch.zeros(place + 3, dtype=torch.int64, device=DEVICE), torch.tensor([place - 1], device=DEVICE)
+    table = torch.arange(vocab * 8, device=DEVICE).view(vocab, 8).to(torch.bfloat16)
+    x = values(8, seed=0, dtype=torch.bfloat16)
+    torch.ops.tinylm.matvec_choose(
+        logits, standing, sampling.temperature, top_k, int(noise.starts), noise.stride, ids, position, table, x, False
+    )
+    token = int(ids[place])
+    assert not standing[: matvec.STANDING_WORDS].any() and int(position) == place and torch.equal(x, table[token])
+    assert ids.count_nonzero() == (token != 0)
+    return token
+
+
+def some_logits(kind: str, vocab: int, seed: int) -> Tensor:
+    normal = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return {
+        "normal": normal * 3, "few values": (normal * 2).round(), "all the same": torch.full_like(normal, -2.5),
+        "near one another": 1 + normal * 2**-20, "zeros of both signs": (normal * 0).copysign(normal),
+    }[kind]  # fmt: skip
+
+
+KINDS = st.sampled_from(["normal", "few values", "all the same", "near one another", "zeros of both signs"])
+
+
+@on_gpu
+@given(KINDS, st.integers(1, 1500) | st.sampled_from([4097, 128_256]), st.integers(1, 9))
+def test_the_likeliest_is_the_first_of_those(kind: str, vocab: int, place: int) -> None:
+    logits = some_logits(kind, vocab, place)
+    assert chosen(logits, Sampling(), place, Noise([0], vocab, DEVICE)) == int((logits + 0.0).argmax())
+
+
+@on_gpu
+@given(
+    st.data(), KINDS, st.integers(1, 1500) | st.sampled_from([4097, 128_256]), st.integers(1, 9),
+    st.sampled_from([1e-5, 0.3, 1.0, 50.0]), st.integers(0, 1 << 48),
+)  # fmt: skip
+def test_a_draw_is_that_of_any_runner(
+    data: st.DataObject, kind: str, vocab: int, place: int, temperature: float, seed: int
+) -> None:
+    """For any k; but where two tokens are as good as one another to the rounding of either."""
+    top_k = data.draw(st.none() | st.integers(1, vocab) | st.sampled_from([1, vocab, vocab + 1]))
+    logits, sampling = some_logits(kind, vocab, place), Sampling(temperature, top_k=top_k, seed=seed)
+    noise = Noise([seed], vocab, DEVICE)
+    at = noise.at(torch.tensor([[place]], device=DEVICE))
+    found, expected = chosen(logits, sampling, place, noise), int(select(logits[None], sampling, at))
+    if found != expected:
+        assert logits[found] >= logits.topk(min(top_k or vocab, vocab)).values[-1]
+        ranks = logits.double() / temperature - at[0].double().log()
+        # Of p and the noise each a few ulp; a quotient by the temperature, half an ulp of its own size.
+        limit = 32 * ULP * (1 + ranks.abs().amax() + logits.abs().amax() / temperature)
+        assert (ranks[found] - ranks[expected]).abs() <= limit
+
+
+@on_gpu
+def test_draws_have_the_distribution_of_the_eager_sampler() -> None:
+    sampling = Sampling(0.8, top_k=5, seed=0)
+    vocab, kept = 8, [7, 2, 5, 1, 4]  # the five likeliest, and what probability each has among them
+    logits = torch.full((vocab,), -1.0, device=DEVICE)
+    logits[kept] = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0], device=DEVICE)
+    counts = torch.zeros(vocab, dtype=torch.int64)
+    noise = Noise([0], vocab, DEVICE)
+    for place in range(1, 1501):
+        counts[chosen(logits, sampling, place, noise)] += 1
+    masked = torch.full((vocab,), -torch.inf, dtype=torch.float64)
+    masked[kept] = logits[kept].double().cpu() / 0.8
+    expected = masked.softmax(0)
+    assert int(counts.sum()) == int(counts[kept].sum()) and chi_square(counts[kept], expected[kept]) > 1e-3
+
+
 @on_gpu
 def test_what_would_make_a_kernel_wrong_is_an_error() -> None:
     x, weight, out = (torch.zeros(size, dtype=torch.bfloat16, device=DEVICE) for size in ((16,), (8, 16), (8,)))
     add = torch.ops.tinylm.matvec_add
     with pytest.raises(RuntimeError, match="x has the wrong shape"):
-        add(x[:8], weight, out, False, 0, 0)
+        add(x[:8], weight, out, False, 1)
     with pytest.raises(RuntimeError, match="out has the wrong dtype"):
-        add(x, weight, out.float(), False, 0, 0)
+        add(x, weight, out.float(), False, 1)
     with pytest.raises(RuntimeError, match="weight must be contiguous"):
-        add(x[:8], weight.T[:8], out, False, 0, 0)
+        add(x[:8], weight.T[:8], out, False, 1)
     with pytest.raises(RuntimeError, match="12 columns"):
-        add(x[:12], weight[:, :12].contiguous(), out, False, 0, 0)
+        add(x[:12], weight[:, :12].contiguous(), out, False, 1)
     with pytest.raises(RuntimeError, match="bf16 or fp16"):
-        add(x.float(), weight.float(), out.float(), False, 0, 0)
+        add(x.float(), weight.float(), out.float(), False, 1)
+    with pytest.raises(RuntimeError, match="0 blocks"):
+        add(x, weight, out, False, 0)
 
 
 # What it decodes
@@ -275,7 +369,11 @@ def random_model(**more: Any) -> Transformer:
 @pytest.mark.parametrize(
     "more", [{}, {"kv_heads": 1, "tied": False, "layers": 3}, {"heads": 6, "kv_heads": 6, "head_dim": 24, "d_ff": 40}]
 )
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=50, seed=3)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(1.0, top_k=50, seed=3), Sampling(1.0, top_p=0.9, seed=3)],
+    ids=["greedy", "top k", "top p"],
+)
 def test_the_cache_is_as_if_recomputed_and_a_context_is_filled(more: dict[str, Any], sampling: Sampling) -> None:
     """Of the text it decodes itself, by an fp32 model of the same weights; rewound, the same tokens to the last."""
     model = random_model(**more)
@@ -317,8 +415,5 @@ def test_it_never_waits_for_the_gpu() -> None:
     model = random_model()
     decoder = Decoder(model, prompts_of(model, 1, 5), 8, runner="matvec", sampling=Sampling(1.0, top_k=5, seed=0))
     decoder.run(4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_synchronizing():
         decoder.run(4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,7 +2,8 @@
 
 Of LLaMA-style models in bf16 or fp16, one row at a time, with a dense cache, which any other runner may continue. The
 kernels read the position from memory, so that one graph serves all lengths; each begins to read its matrix while the
-one before it ends. Products, norms and logits are added up in fp32, so tokens are other runners' to rounding.
+one before it ends. Products, norms and logits are added up in fp32, so tokens are other runners' to rounding. The last
+kernel chooses the token, but with top_p, and looks its embedding up.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PARTS = {
 }  # fmt: skip
 # What csrc/matvec.h can: rows of matrices behind a norm, and of the others; a head.
 MOST_NORMED, MOST_COLUMNS, MOST_HEAD_DIM = 8192, 16_384, 256
+STANDING_WORDS = 4 + (1 << 12) // 2  # of 8 bytes: `Standing`
 WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.gate_up", "mlp.down")  # of a block
 
 
@@ -34,8 +36,7 @@ class MatVec:
     fallback: ClassVar[dict[str, str]] = {"cuda": "graph"}
     stops = False
 
-    blocks: ClassVar[int] = 0  # of a multiprocessor, and
-    ahead: ClassVar[int] = 0  # rows of each that L2 fetches before a kernel may start; 0: as csrc/matvec.cu likes
+    blocks: ClassVar[int] = 2  # of a matrix on a multiprocessor
 
     def __init__(self, loop: Loop) -> None:
         if (why := unsupported(loop)) is not None:
@@ -58,27 +59,34 @@ class MatVec:
         self._x, self._hidden = empty(config.dim), empty(config.d_ff)
         self._qkv = empty((config.heads + 2 * config.kv_heads) * config.head_dim)
         self._attended = empty(config.heads, config.head_dim)
-        self._logits = empty(1, 1, loop.vocab_size, dtype=torch.float32)
+        self._logits = empty(loop.vocab_size, dtype=torch.float32)
+        self._standing = torch.zeros(STANDING_WORDS + loop.vocab_size, dtype=torch.int64, device=model.device)
+        self._noise = (int(loop.noise.starts), loop.noise.stride) if loop.noise is not None else (0, 0)
         multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count
         self._splits = splits(config.heads, config.kv_heads, multiprocessors)
         self._partials = empty(config.heads * self._splits * (config.head_dim + 2), dtype=torch.float32)
         self._arrived = torch.zeros(config.heads, dtype=torch.int32, device=model.device)
         if loop.max_new:
+            self._embed()
             self._graph = capture(loop, [self._step])[0]
 
     def advance(self, known: int, tokens: int) -> None:
+        self._embed()  # a step embeds what it chose; another one may have moved the loop since
         for _ in range(tokens):
             self._graph.replay()
 
+    def _embed(self) -> None:
+        loop = self._loop
+        torch.ops.tinylm.matvec_embed(loop.ids.view(-1), loop.position.view(-1), loop.model.embed.weight, self._x)
+
     def _step(self) -> None:
-        """`Loop.step` with a cache. Each kernel but the first starts before the one before it has ended."""
+        """`Loop.step` with a cache, of x. Each kernel but the first starts before the one before it has ended."""
         loop, ops, x, eps = self._loop, torch.ops.tinylm, self._x, self._loop.model.config.norm_eps
-        position, how = loop.position.view(-1), (True, self.blocks, self.ahead)
+        position, how, sampling = loop.position.view(-1), (True, self.blocks), loop.sampling
         assert isinstance(loop.cache, DenseCache)
         keys, values = loop.cache.streams["k"], loop.cache.streams["v"]
-        ops.matvec_embed(loop.ids.view(-1), position, loop.model.embed.weight, x)
         for layer, (attention_norm, qkv, out, mlp_norm, gate_up, down) in enumerate(self._layers):
-            ops.matvec_norm(x, attention_norm, eps, qkv, self._qkv, False, *how)
+            ops.matvec_norm(x, attention_norm, eps, qkv, self._qkv, False, layer > 0, self.blocks)
             ops.matvec_attention(
                 self._qkv, self._rope, position, keys[layer, 0], values[layer, 0], self._attended, self._partials,
                 self._arrived, self._splits, True,
@@ -86,8 +94,17 @@ class MatVec:
             ops.matvec_add(self._attended.view(-1), out, x, *how)
             ops.matvec_norm(x, mlp_norm, eps, gate_up, self._hidden, True, *how)
             ops.matvec_add(self._hidden, down, x, *how)
-        ops.matvec_norm(x, self._norm, eps, self._head, self._logits.view(-1), False, *how)
-        loop.take(self._logits)
+        top_k = sampling.top_k or 0 if sampling.temperature and (sampling.top_k or 0) < loop.vocab_size else 0
+        ops.matvec_logits(x, self._norm, eps, self._head, self._logits, self._standing, top_k > 0, *how)
+        if sampling.temperature and (sampling.top_p or 1) < 1:
+            loop.take(self._logits.view(1, 1, -1))
+            self._standing[:STANDING_WORDS].zero_()
+            self._embed()
+        else:
+            ops.matvec_choose(
+                self._logits, self._standing, sampling.temperature, top_k, *self._noise, loop.ids.view(-1), position,
+                loop.model.embed.weight, x, True,
+            )  # fmt: skip
 
 
 def splits(heads: int, kv_heads: int, multiprocessors: int) -> int:
