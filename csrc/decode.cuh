@@ -88,6 +88,8 @@ struct alignas(16) Mine {
   int passes, rows;
 };
 __device__ inline Mine share_of(const Matrix& m, int block, int blocks, int warp) {
+  // From the last warp on: the first ones fetch what is multiplied, and do not wait for one another's products so.
+  warp = kWarps - 1 - warp;
   const int first = block * m.units / blocks + warp / m.parts, end = (block + 1) * m.units / blocks;
   const int count = first < end ? (end - first + m.stride - 1) / m.stride : 0, part = warp % m.parts;
   const int slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
