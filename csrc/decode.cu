@@ -29,7 +29,6 @@ struct Step {
   float2 x = {};  // of the residual stream: numbers 2 * thread and the next
   unsigned weight = 0;  // of the next norm, beside x
   float rope = 1.0f;    // a number of the next position's row, of thread < head_dim
-  uint64_t best = 0;    // of the logits that this lane has seen
   const bool owns;
   int turn = 0;  // which of the two buffers is filled next: one barrier between filling and reading is enough then
 
@@ -40,15 +39,15 @@ struct Step {
     return product == kHead ? a.head : a.layers[layer].products[product];
   }
   __device__ int rows(int product) const { return product == kHead ? a.shape.vocab : INT_MAX; }
-  __device__ void ask(int layer, int product) const {
-    prefetch<T>(plan.products[product], here.fixed.mine[product][here.warp], weights(layer, product), rows(product), here);
+  __device__ void ask(int layer, int product, const Mine& mine) const {
+    prefetch<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
   }
   // In the order in which they are used.
   __device__ void ask_all(int position) const {
 #pragma unroll 1
     for (int product = 0; product < kProducts; ++product) {
+      ask(0, product, here.fixed.mine[product][here.warp]);
       if (product == kOut) attention.prefetch(0, position);
-      ask(0, product);
     }
   }
 
@@ -64,86 +63,21 @@ struct Step {
     weight = two_of(a.layers[0].attention_norm);
   }
 
-  // x plus a product's rows, `parts` words each.
-  __device__ void add(int words, int parts) {
-    if (!owns) return;
-    constexpr int kFew = 2;
-#pragma unroll 1
-    for (int p = 0; p < parts; p += kFew) {
-      int at[kFew];
-      float2 got[kFew];
-      const int n = min(kFew, parts - p);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (here.thread * parts + p + k);
-      take<kFew>(here.watch, here.words, at, n, got);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) {
-        if (k >= n) break;
-        if (parts == 1) {
-          x.x += got[k].x, x.y += got[k].y;
-        } else {
-          (2 * (p + k) < parts ? x.x : x.y) += got[k].x + got[k].y;
-        }
-      }
-    }
-  }
-  // x times the norm's weight, to all warps once they have met.
-  __device__ void norm(float* to) const {
-    float square = 0.0f;
-    const float2 by = widen2(weight, T());
-    if (owns) {
-      *reinterpret_cast<float2*>(to + act_at(2 * here.thread)) = make_float2(x.x * by.x, x.y * by.y);
-      square = fmaf(x.x, x.x, x.y * x.y);
-    }
-    if (here.warp * 64 < a.shape.dim) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(~0u, square, offset);
-    }
-    if (here.lane == 0) reinterpret_cast<float*>(here.fixed.squares[turn])[here.warp] = square;
-  }
-  // The factor that is still missing then.
-  __device__ float rstd() const {
-    const float4(&s)[kWarps / 4] = here.fixed.squares[turn];
-    float4 sum = {};
-#pragma unroll
-    for (int i = 0; i < kWarps / 4; ++i) sum.x += s[i].x, sum.y += s[i].y, sum.z += s[i].z, sum.w += s[i].w;
-    return rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * a.inverse_dim + a.eps);
-  }
-  // A vector out of the exchange.
-  __device__ void fill(float* to, int pairs, int words) const {
-    constexpr int kFew = 4;
-#pragma unroll 1
-    for (int j = here.thread; j < pairs; j += kFew * kThreads) {
-      int at[kFew];
-      float2 got[kFew];
-      const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (j + k * kThreads);
-      take<kFew>(here.watch, here.words, at, n, got);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k)
-        if (k < n) *reinterpret_cast<float2*>(to + act_at(2 * (j + k * kThreads))) = got[k];
-    }
-  }
-
-  // What a product gives a warp: of a unit's rows, or of its part of them.
-  __device__ void finish(int product, int words, int unit, int part, float value, float rstd) {
-    const int lane = here.lane, half = a.shape.head_dim / 2;
+  // What a product gives a warp: of a unit's rows, or of its part of them. Of two rows lanes 0 to 15 have the first one's
+  // value, and `other` is the second one's; the others have it the other way round. Of the head: to `best`.
+  __device__ void finish(int product, int words, int unit, int at, int pair, float value, uint64_t& best) const {
+    const int lane = here.lane;
     if (product == kOut || product == kDown) {
-      here.put(words + plan.at[product] + unit * plan.products[product].parts + part, value, lane);
+      here.put(words + at, value, lane);
       return;
     }
-    value *= rstd;
     const float other = __shfl_xor_sync(~0u, value, 16);
     if (product == kQkv) {
-      const int run = run_of(plan.products[kQkv], unit), pair = unit - run * half;
-      if (unit < (a.shape.heads + a.shape.kv_heads) * half) {
-        const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
-        value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
-      }
-      here.put(words + plan.at[kQkv] + unit + run * half + (lane < 16 ? 0 : half), value, lane % 16);
+      const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
+      value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
+      here.put(words + at + (lane < 16 ? 0 : a.shape.head_dim / 2), value, lane % 16);
     } else if (product == kGateUp) {
-      if (lane < 16) here.put(words + plan.at[kGateUp] + unit, __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other, lane);
+      here.put(words + at, __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other, lane);
     } else {
       const int token = 2 * unit + (lane < 16 ? 0 : 1);
       const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
@@ -153,63 +87,143 @@ struct Step {
     }
   }
 
+  // All of a warp's units. Those of a product behind a norm lack a factor, whose squares are summed up beside.
+  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, const void* weights,
+                           const float* act) const {
+    const Matrix& m = plan.products[product];
+    const bool normed = product != kOut && product != kDown;
+    float square = 0.0f;
+    if (normed) {
+#pragma unroll
+      for (int i = 0; i < kMostWidth / 2; i += 128) {
+        if (i >= plan.squares) break;
+        const float4 four = *reinterpret_cast<const float4*>(act + plan.act + i + 4 * here.lane);
+        square += (four.x + four.y) + (four.z + four.w);
+      }
+    }
+    const float4* from = reinterpret_cast<const float4*>(act + mine.act) + here.lane;
+    int unit = mine.first, at = mine.at, pair = mine.pair;
+    float factor = 1.0f;
+    uint64_t best = 0;
+#pragma unroll 1
+    for (int k = 0;;) {
+      float sum[2];
+      first.times<T>(mine.passes, m.rows, from, sum);
+      float value = here.lane < 16 ? sum[0] : sum[1], other = here.lane < 16 ? sum[1] : sum[0];
+      value += __shfl_xor_sync(~0u, other, 16);
+      if (normed && k == 0) {
+        square += __shfl_xor_sync(~0u, square, 16);
+#pragma unroll
+        for (int offset = 8; offset > 0; offset /= 2) {
+          value += __shfl_xor_sync(~0u, value, offset);
+          square += __shfl_xor_sync(~0u, square, offset);
+        }
+        factor = rsqrtf(fmaf(square, a.inverse_dim, a.eps));
+      } else {
+#pragma unroll
+        for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+      }
+      finish(product, words, unit, at, pair, value * factor, best);
+      if (++k >= mine.count) break;
+      unit += m.stride, at += m.stride;
+      const int run = run_of(m, unit);
+      if (product == kQkv) {
+        at = plan.at[kQkv] + unit + run * m.run;
+        pair = run < a.shape.heads + a.shape.kv_heads ? unit - run * m.run : kNoTurn;
+      }
+      first.load<T>(m, mine, k, unit + run * m.skip, weights, rows(product), here);
+    }
+    if (product == kHead) here.fixed.keys[here.warp] = largest(best);
+  }
+
   // The token after `token`, which stands at `position`; -1 if a block gave up.
   __device__ int run(int token, int position, const Splits& splits) {
-    const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim;
+    const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim, thread = here.thread;
     const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
-    if (a.rope != nullptr && here.thread < a.shape.head_dim) {
-      const int half = a.shape.head_dim / 2, row = here.thread < half ? 0 : 1;
-      here.fixed.rope[row][here.thread - row * half] = rope;
+    if (a.rope != nullptr && thread < a.shape.head_dim) {
+      const int half = a.shape.head_dim / 2, row = thread < half ? 0 : 1;
+      here.fixed.rope[row][thread - row * half] = rope;
     }
     x = widen2(embedded, T());
-    best = 0;
+    if (thread < kWarps) here.fixed.keys[thread] = 0;
     int previous = -1;  // the product that x lacks
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
     for (int i = 0; i <= kHead * layers; ++i) {
       const int layer = i / kHead, product = layer < layers ? i % kHead : +kHead, next = layer + 1 < layers ? layer + 1 : 0;
       const int words = layer * plan.layer;
+      const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
       float* act = here.act(turn);
-      float factor = 1.0f;
-      here.watch.where = layer * 16 + product;
+      turn ^= 1;
+      // This thread's input: pairs from + k * step, k < n.
+      int from, step = 2 * kThreads, n;
+      float2 attended = {};
       if (product == kOut) {
         weight = two_of(a.layers[layer].mlp_norm);
+        from = words + ((a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention);
+        n = 2 * thread < width ? 1 : 0;
         if (!(a.leave & kLeaveAttention)) {
           attention.run(words, layer, position);
-          if (splits.count > a.few_splits) attention.combine(words, layer, end);
-        }
-        attention.prefetch(next, position + (next == 0 ? 1 : 0));
-        here.watch.where = layer * 16 + product;
-        if (2 * here.thread < width) {
-          const float2 two = a.leave & kLeaveAttention
-                                 ? take(here.watch, here.words, words + plan.at[kQkv] + 2 * here.thread)
-                                 : Attention<T>::result(here, splits, words, end, here.thread);
-          *reinterpret_cast<float2*>(act + act_at(2 * here.thread)) = two;
+          if (splits.count > a.few_splits) {
+            attention.combine(words, layer, end);
+          } else if (splits.count > 1) {
+            if (n > 0) attended = Attention<T>::result(here, words, end, thread);
+            n = 0;
+          }
         }
       } else if (product == kDown) {
         weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
-        if (!(a.leave & kLeaveMlp)) fill(act, a.shape.d_ff / 2, words + plan.at[kGateUp]);
+        from = words + plan.at[kGateUp];
+        n = left ? 0 : (a.shape.d_ff / 2 - thread + kThreads - 1) / kThreads;
       } else {
-        if (previous >= 0)
-          add((product == kGateUp ? words : words - plan.layer) + plan.at[previous], plan.products[previous].parts);
-        norm(act);
+        from = previous < 0 ? 0 : (product == kGateUp ? words : words - plan.layer) + plan.at[previous];
+        step = a.shape.dim;
+        n = owns && previous >= 0 ? plan.products[previous].parts : 0;
+      }
+      from += 2 * thread;
+      here.watch.where = layer * 16 + product;
+      constexpr int kFew = 2;
+      int at[kFew] = {from, from + step};
+      Pairs<kFew> got;
+      got.ask(here.words, at, n);
+      const Mine mine = here.fixed.mine[product][here.warp];
+      const bool busy = mine.count > 0 && !left;
+      Rows rows_of;
+      copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+      if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
+      got.await(here.watch, here.words, at, n);
+      if (product == kOut || product == kDown) {
+        if (product == kOut && splits.count > 1 && n == 0) {
+          if (2 * thread < width) *reinterpret_cast<float2*>(act + act_at(2 * thread)) = attended;
+        }
+        for (int k = 0; k < n; k += kFew) {
+          if (k > 0) at[0] += kFew * step, at[1] += kFew * step, got.ask(here.words, at, n - k), got.await(here.watch, here.words, at, n - k);
+          *reinterpret_cast<float2*>(act + act_at(2 * (thread + k * kThreads))) = got[0];
+          if (k + 1 < n) *reinterpret_cast<float2*>(act + act_at(2 * (thread + (k + 1) * kThreads))) = got[1];
+        }
+      } else {
+        x.x += got[0].x + got[1].x, x.y += got[0].y + got[1].y;
+#pragma unroll 1
+        for (int k = kFew; k < n; ++k) {
+          const float2 more = take(here.watch, here.words, from + k * step);
+          x.x += more.x, x.y += more.y;
+        }
+        // x times the norm's weight, and what the factor is made of that is still missing then.
+        if (owns) {
+          const float2 by = widen2(weight, T());
+          *reinterpret_cast<float2*>(act + act_at(2 * thread)) = make_float2(x.x * by.x, x.y * by.y);
+          act[plan.act + thread] = fmaf(x.x, x.x, x.y * x.y);
+        }
       }
       __syncthreads();
-      if (product != kOut && product != kDown) factor = rstd();
-      turn ^= 1;
-      const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
-      if (!left) {
-        multiply<T>(plan.products[product], here.fixed.mine[product][here.warp], weights(layer, product), rows(product), here, act,
-                    [&](int unit, int part, float value) { finish(product, words, unit, part, value, factor); });
-        if (product == kOut || product == kDown) previous = product;
-      } else if (product == kDown) {
-        previous = -1;
-      }
-      ask(next, product);
+      if (busy) multiply(product, words, mine, rows_of, weights(layer, product), act);
+      if (product == kOut || product == kDown) previous = left ? -1 : product;
+      ask(next, product, mine);
+      if (product == kOut) attention.prefetch(next, position + (next == 0 ? 1 : 0));
     }
     here.watch.where = layers * 16 + kChoose;
     ask_first(position + 1);
-    return choose(here, best, position + 1);
+    return choose(here, position + 1);
   }
 };
 
@@ -224,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
   // What no copy fills, beyond a row's end, is to count as nothing.
   for (int i = thread; i < plan.shared / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
-  if (thread < 64) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
+  if (thread <= kNoTurn) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
   if (thread < kProducts * kWarps)
     fixed.mine[thread / kWarps][thread % kWarps] =
-        share_of(plan.products[thread / kWarps], here.block, plan.blocks, thread % kWarps);
+        share_of(a, plan, thread / kWarps, here.block, thread % kWarps);
   if (thread < kWarps) {
     const int group = a.shape.heads / a.shape.kv_heads;
     fixed.group_head[thread] = thread % group, fixed.group_part[thread] = thread / group;

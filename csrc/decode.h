@@ -43,7 +43,7 @@ struct Matrix {
 struct Plan {
   int blocks;
   Matrix products[kProducts];
-  int act;       // floats in each of two buffers of what a phase reads
+  int act, squares;  // floats in each of two buffers of what a phase reads; behind them, of the sum of squares
   int tile;      // positions in each half of the ring of keys and values
   int ring;      // bytes: where its keys start, values after them
   int scratch;   // bytes: of attention

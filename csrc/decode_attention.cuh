@@ -184,7 +184,7 @@ struct Attention {
     if (split < 0 || count == 0) return;
     here.watch.where = layer * 16 + kAttention;
     receive(layer_words, layer, position, own);
-    copies_left<4>();
+    copies_left<3>();  // of the five groups a layer this one is asked for last but two
     __syncthreads();
 
     Lanes lanes;
@@ -298,10 +298,8 @@ struct Attention {
       here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] / sum.total, sum.sum[1] / sum.total);
   }
 
-  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, wherever they are; `end` runs are begun.
-  __device__ static float2 result(Here& here, const Splits& splits, int layer_words, int end, int pair) {
-    if (splits.count == 1 || splits.count > here.a.few_splits)
-      return take(here.watch, here.words, layer_words + here.plan.at_attention + 2 * pair);
+  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, of a few runs; `end` of them are begun.
+  __device__ static float2 result(Here& here, int layer_words, int end, int pair) {
     Weighted<2> sum;
 #pragma unroll 1
     for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);

@@ -23,12 +23,17 @@ __device__ inline float value_of(uint64_t key) {
   return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 __device__ inline uint64_t largest(uint64_t key) {  // of a warp
+#if __CUDA_ARCH__ >= 800
+  const unsigned high = static_cast<unsigned>(key >> 32), most = __reduce_max_sync(~0u, high);
+  return uint64_t{most} << 32 | __reduce_max_sync(~0u, high == most ? static_cast<unsigned>(key) : 0);
+#else
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     const uint64_t other = __shfl_xor_sync(~0u, key, offset);
     key = other > key ? other : key;
   }
   return key;
+#endif
 }
 // Of a block; two barriers, the first one before anything is read.
 __device__ inline uint64_t largest_of_block(Here& here, uint64_t key) {
@@ -201,17 +206,15 @@ struct Sampler {
   }
 };
 
-// The token for `place`, of each lane's best logit so far; the same to all threads of all blocks. -1: a block gave up.
-__device__ inline int choose(Here& here, uint64_t best, int64_t place) {
+// The token for `place`, of each warp's best logit in `keys`; the same to all threads of all blocks. -1: a block gave up.
+__device__ inline int choose(Here& here, int64_t place) {
   Static& f = here.fixed;
   const Plan& plan = here.plan;
   const int blocks = plan.blocks, turn = here.watch.tag % 2;
   const int at_best = plan.at_best + turn * blocks * 2, at_id = plan.at_id + turn * 2;
-  best = largest(best);
-  if (here.lane == 0) f.keys[here.warp] = best;
   __syncthreads();
   if (here.warp == 0) {
-    best = largest(f.keys[here.lane % kWarps]);
+    const uint64_t best = largest(f.keys[here.lane % kWarps]);
 #pragma unroll 1
     for (int copy = here.lane; copy < here.a.copies; copy += 32)
       put_words(here.words_of(copy) + at_best + 2 * here.block,

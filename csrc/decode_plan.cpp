@@ -55,7 +55,8 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   while (p.lanes * 8 < s.head_dim) p.lanes *= 2, ++p.lanes_log2;
 
   for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
-  int at = 2 * 4 * p.act;
+  p.squares = up(s.dim / 2, 128);
+  int at = 2 * 4 * (p.act + p.squares);
   p.scratch = at;
   // Queries, newest key and value, and every warp's m, l, o.
   at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
