@@ -153,11 +153,11 @@ struct Here {
   __device__ void put(int at, float value, int copy) const {
     if (copy < a.copies) put_word(words_of(copy) + at, word(value, watch.tag));
   }
-  // One thread, all copies.
-  __device__ void put_pair(int at, float first, float second) const {
+  // Lanes first, first + 1, ... of `lanes` have the same; each writes its copies.
+  __device__ void put_pair(int at, float one, float other, int first, int lanes) const {
 #pragma unroll 1
-    for (int copy = 0; copy < a.copies; ++copy)
-      put_words(words_of(copy) + at, word(first, watch.tag), word(second, watch.tag));
+    for (int copy = first; copy < a.copies; copy += lanes)
+      put_words(words_of(copy) + at, word(one, watch.tag), word(other, watch.tag));
   }
 };
 

@@ -243,7 +243,7 @@ __device__ inline int choose(Here& here, int64_t place) {
   } else if (here.block == 0) {
     __syncthreads();  // keys are read above
     chosen = Sampler(here).draw(place);
-    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen));
+    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen), 0, 1);
   } else if (here.thread == 0) {
     chosen = __float_as_int(take(here.watch, here.words, at_id).x);
   }
