@@ -63,55 +63,37 @@ struct Step {
     weight = two_of(a.layers[0].attention_norm);
   }
 
-  // What a product gives a warp: of a unit's rows, or of its part of them. Of two rows lanes 0 to 15 have the first one's
-  // value, and `other` is the second one's; the others have it the other way round. Of the head: to `best`.
-  __device__ void finish(int product, int words, int unit, int at, int pair, float value, uint64_t& best) const {
-    const int lane = here.lane;
-    if (product == kOut || product == kDown) {
-      here.put(words + at, value, lane);
-      return;
-    }
-    const float other = __shfl_xor_sync(~0u, value, 16);
-    if (product == kQkv) {
-      const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
-      value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
-      here.put(words + at + (lane < 16 ? 0 : a.shape.head_dim / 2), value, lane % 16);
-    } else if (product == kGateUp) {
-      here.put(words + at, __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other, lane);
-    } else {
-      const int token = 2 * unit + (lane < 16 ? 0 : 1);
-      const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
-      best = key > best ? key : best;
-      if (a.temperature > 0.0f && lane % 16 == 0)
-        put_word(a.exchange + plan.at_logits + token, word(value, here.watch.tag));
-    }
-  }
-
   // All of a warp's units. Those of a product behind a norm lack a factor, whose squares are summed up beside.
-  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, const void* weights,
-                           const float* act) const {
-    const Matrix& m = plan.products[product];
+  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, const void* weights, const float* act) const {
+    const int lane = here.lane;
     const bool normed = product != kOut && product != kDown;
-    float square = 0.0f;
+    float4 squares[2] = {};
     if (normed) {
-#pragma unroll
-      for (int i = 0; i < kMostWidth / 2; i += 128) {
-        if (i >= plan.squares) break;
-        const float4 four = *reinterpret_cast<const float4*>(act + plan.act + i + 4 * here.lane);
-        square += (four.x + four.y) + (four.z + four.w);
+      const float* own = act + plan.act + 4 * lane;
+      squares[0] = read_now(own);
+      if (plan.squares > 128) squares[1] = read_now(own + 128);
+#pragma unroll 1
+      for (int i = 256; i < plan.squares; i += 128) {
+        const float4 more = read_now(own + i);
+        squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
       }
     }
-    const float4* from = reinterpret_cast<const float4*>(act + mine.act) + here.lane;
+    const float4* from = reinterpret_cast<const float4*>(act + mine.act) + lane;
     int unit = mine.first, at = mine.at, pair = mine.pair;
     float factor = 1.0f;
     uint64_t best = 0;
 #pragma unroll 1
     for (int k = 0;;) {
+      // Lanes 0 to 15 have what becomes of a unit's first row, the others what becomes of the second one, if there is one.
+      uint64_t* const to = here.words_of(lane % 16) + words + at + (product == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0);
+      const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
       float sum[2];
-      first.times<T>(mine.passes, m.rows, from, sum);
-      float value = here.lane < 16 ? sum[0] : sum[1], other = here.lane < 16 ? sum[1] : sum[0];
+      first.times<T>(mine.passes, mine.rows, from, sum);
+      float value = lane < 16 ? sum[0] : sum[1], other = lane < 16 ? sum[1] : sum[0];
       value += __shfl_xor_sync(~0u, other, 16);
       if (normed && k == 0) {
+        float square = ((squares[0].x + squares[0].y) + (squares[0].z + squares[0].w)) +
+                       ((squares[1].x + squares[1].y) + (squares[1].z + squares[1].w));
         square += __shfl_xor_sync(~0u, square, 16);
 #pragma unroll
         for (int offset = 8; offset > 0; offset /= 2) {
@@ -123,8 +105,28 @@ struct Step {
 #pragma unroll
         for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
       }
-      finish(product, words, unit, at, pair, value * factor, best);
+      if (!normed) {
+        if (puts) put_word(to, word(value, here.watch.tag));
+      } else {
+        value *= factor;
+        other = __shfl_xor_sync(~0u, value, 16);
+        if (product == kGateUp) {
+          value = __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other;
+          if (puts) put_word(to, word(value, here.watch.tag));
+        } else if (product == kQkv) {
+          const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
+          value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
+          if (puts) put_word(to, word(value, here.watch.tag));
+        } else {
+          const int token = 2 * unit + (lane < 16 ? 0 : 1);
+          const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
+          best = key > best ? key : best;
+          if (a.temperature > 0.0f && lane % 16 == 0)
+            put_word(a.exchange + plan.at_logits + token, word(value, here.watch.tag));
+        }
+      }
       if (++k >= mine.count) break;
+      const Matrix& m = plan.products[product];
       unit += m.stride, at += m.stride;
       const int run = run_of(m, unit);
       if (product == kQkv) {
@@ -149,8 +151,8 @@ struct Step {
     int previous = -1;  // the product that x lacks
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
-    for (int i = 0; i <= kHead * layers; ++i) {
-      const int layer = i / kHead, product = layer < layers ? i % kHead : +kHead, next = layer + 1 < layers ? layer + 1 : 0;
+    for (int layer = 0, product = kQkv; layer <= layers;) {
+      const int next = layer + 1 < layers ? layer + 1 : 0;
       const int words = layer * plan.layer;
       const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
       float* act = here.act(turn);
@@ -186,7 +188,9 @@ struct Step {
       int at[kFew] = {from, from + step};
       Pairs<kFew> got;
       got.ask(here.words, at, n);
-      const Mine mine = here.fixed.mine[product][here.warp];
+      Mine mine = here.fixed.mine[product][here.warp];
+      mine.count = same(mine.count), mine.slot = same(mine.slot);
+      mine.passes = static_cast<uint16_t>(same(mine.passes)), mine.rows = static_cast<uint16_t>(same(mine.rows));
       const bool busy = mine.count > 0 && !left;
       Rows rows_of;
       copies_left<4>();  // five groups a layer, each used a layer after it was asked for
@@ -220,6 +224,10 @@ struct Step {
       if (product == kOut || product == kDown) previous = left ? -1 : product;
       ask(next, product, mine);
       if (product == kOut) attention.prefetch(next, position + (next == 0 ? 1 : 0));
+      if (++product >= kHead) {
+        if (layer == layers) break;
+        product = ++layer < layers ? kQkv : kHead;
+      }
     }
     here.watch.where = layers * 16 + kChoose;
     ask_first(position + 1);
@@ -234,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Static fixed;
   static_assert(sizeof(Static) <= kOwnShared);
   const int thread = static_cast<int>(threadIdx.x);
-  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), thread / 32, thread % 32, thread,
+  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), same(thread / 32), thread % 32, thread,
             a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
   // What no copy fills, beyond a row's end, is to count as nothing.
   for (int i = thread; i < plan.shared / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);

@@ -64,7 +64,10 @@ struct Pairs {
     for (unsigned spins = 1;; ++spins) {
       bool all = true;
 #pragma unroll
-      for (int i = 0; i < N; ++i) all = all && (i >= n || (two[i].x >> 32 == watch.tag && two[i].y >> 32 == watch.tag));
+      for (int i = 0; i < N; ++i) {
+        const unsigned one = static_cast<unsigned>(two[i].x >> 32), other = static_cast<unsigned>(two[i].y >> 32);
+        all = all && (i >= n || ((one ^ watch.tag) | (other ^ watch.tag)) == 0);
+      }
       if (all || !watch.again(spins)) break;
       ask(words, at, n);
     }
@@ -102,7 +105,7 @@ struct alignas(16) Mine {
   int row;   // the first unit's first one
   int at;    // the word of its result, from the layer's first on
   int pair;  // of RoPE that turns it; kNoTurn: none
-  int passes;
+  uint16_t passes, rows;
 };
 constexpr int kNoTurn = 64;
 __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, int block, int warp) {
@@ -114,7 +117,8 @@ __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, 
   Mine mine;
   mine.first = first, mine.count = first < end ? (end - first + m.stride - 1) / m.stride : 0;
   mine.slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
-  mine.act = part * m.columns, mine.passes = m.passes;
+  mine.act = part * m.columns;
+  mine.passes = static_cast<uint16_t>(m.passes), mine.rows = static_cast<uint16_t>(m.rows);
   mine.row = first + run * m.skip;
   mine.at = product == kHead ? 0 : plan.at[product] + part * a.shape.dim + first;
   mine.pair = kNoTurn;
@@ -161,6 +165,17 @@ struct Here {
   }
 };
 
+// A read that stays where it stands: the compiler would put it off until what is read is needed.
+__device__ inline float4 read_now(const float* at) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))));
+  return four;
+}
+// The same number in all lanes of a warp, and the compiler knows it: no code for lanes that go other ways.
+__device__ inline int same(int value) { return __shfl_sync(~0u, value, 0); }
+
 // Where a phase's input number i lies in `act`, so that lanes that read 8 numbers each as two float4 meet no bank twice.
 __device__ inline int act_at(int i) { return (i & ~255) | (i & 4) << 5 | (i & 0xf8) >> 1 | (i & 3); }
 
@@ -184,22 +199,17 @@ __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* w
     int row = mine.row, unit = mine.first;
 #pragma unroll 1
     for (int left = mine.count; left > 0; --left) {
-      const T *first = column + int64_t{row} * width, *second = column + int64_t{min(row + m.apart, rows - 1)} * width;
-#pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= mine.passes) break;
-        if (start + p * kPassColumns < width) copy16(to + p * 32, first + p * kPassColumns);
-      }
-      to += mine.passes * 32;
-      if (m.rows == 2) {
+#pragma unroll 1
+      for (int r = 0; r < mine.rows; ++r) {
+        const T* from = column + int64_t{min(row + r * m.apart, rows - 1)} * width;
 #pragma unroll
         for (int p = 0; p < kMostPasses; ++p) {
           if (p >= mine.passes) break;
-          if (start + p * kPassColumns < width) copy16(to + p * 32, second + p * kPassColumns);
+          if (start + p * kPassColumns < width) copy16(to + p * 32, from + p * kPassColumns);
         }
         to += mine.passes * 32;
       }
-      unit += m.stride, row = min(unit + run_of(m, unit) * m.skip, rows - 1);
+      unit += m.stride, row = unit + run_of(m, unit) * m.skip;
     }
   }
   copies_commit();
@@ -213,25 +223,24 @@ struct Rows {
   template <typename T>
   __device__ void load(const Matrix& m, const Mine& mine, int k, int row, const void* weights, int rows, const Here& here) {
     if (mine.slot >= 0) {
-      const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * m.rows * mine.passes * 32;
+      const uint4* from =
+          reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * mine.rows * mine.passes * 32;
 #pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= mine.passes) break;
-        w[0][p] = from[p * 32];
-      }
-      if (m.rows < 2) return;
-      from += mine.passes * 32;
+      for (int r = 0; r < 2; ++r) {
+        if (r >= mine.rows) break;
 #pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= mine.passes) break;
-        w[1][p] = from[p * 32];
+        for (int p = 0; p < kMostPasses; ++p) {
+          if (p >= mine.passes) break;
+          w[r][p] = from[p * 32];
+        }
+        from += mine.passes * 32;
       }
       return;
     }
     const int start = mine.act + here.lane * 8;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (r >= m.rows) break;
+      if (r >= mine.rows) break;
       const T* of = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width + start;
 #pragma unroll
       for (int p = 0; p < kMostPasses; ++p) {
@@ -242,28 +251,37 @@ struct Rows {
     }
   }
 
-  // Their products with `act`: without branches, so that all reads are on their way at once.
+  // Their products with `act`: without branches, so that all reads are on their way at once, as far as registers go.
   template <typename T, int P, int R>
   __device__ void times(const float4* act, float (&sum)[2]) const {
-    float4 x[P][2];
+    constexpr int kAtOnce = P < kMostPasses ? P : P / 2;
+    float part[R][4] = {};
 #pragma unroll
-    for (int p = 0; p < P; ++p) x[p][0] = act[p * (kPassColumns / 4)], x[p][1] = act[p * (kPassColumns / 4) + 32];
+    for (int first = 0; first < P; first += kAtOnce) {
+      float4 x[kAtOnce][2];
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float part[4] = {};
+      for (int p = 0; p < kAtOnce; ++p)
+        x[p][0] = act[(first + p) * (kPassColumns / 4)], x[p][1] = act[(first + p) * (kPassColumns / 4) + 32];
 #pragma unroll
-      for (int p = 0; p < P; ++p) {
-        float v[8];
-        unpack(Pack<T>{w[r][p]}, v);
-        const float4 &low = x[p][0], &high = x[p][1];
-        part[0] = fmaf(v[0], low.x, part[0]), part[1] = fmaf(v[1], low.y, part[1]);
-        part[2] = fmaf(v[2], low.z, part[2]), part[3] = fmaf(v[3], low.w, part[3]);
-        part[0] = fmaf(v[4], high.x, part[0]), part[1] = fmaf(v[5], high.y, part[1]);
-        part[2] = fmaf(v[6], high.z, part[2]), part[3] = fmaf(v[7], high.w, part[3]);
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int p = 0; p < kAtOnce; ++p) {
+          float v[8];
+          unpack(Pack<T>{w[r][first + p]}, v);
+          const float4 &low = x[p][0], &high = x[p][1];
+          part[r][0] = fmaf(v[0], low.x, part[r][0]), part[r][1] = fmaf(v[1], low.y, part[r][1]);
+          part[r][2] = fmaf(v[2], low.z, part[r][2]), part[r][3] = fmaf(v[3], low.w, part[r][3]);
+          part[r][0] = fmaf(v[4], high.x, part[r][0]), part[r][1] = fmaf(v[5], high.y, part[r][1]);
+          part[r][2] = fmaf(v[6], high.z, part[r][2]), part[r][3] = fmaf(v[7], high.w, part[r][3]);
+        }
       }
-      sum[r] = (part[0] + part[1]) + (part[2] + part[3]);
+      if (kAtOnce < P) asm volatile("" ::: "memory");
     }
-    if (R < 2) sum[1] = sum[0];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float(&of)[4] = part[r < R ? r : 0];
+      sum[r] = (of[0] + of[1]) + (of[2] + of[3]);
+    }
   }
   template <typename T, int P>
   __device__ void times(int rows, const float4* act, float (&sum)[2]) const {
