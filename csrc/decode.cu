@@ -67,17 +67,6 @@ struct Step {
   __device__ void multiply(int product, int words, const Mine& mine, Rows& first, const void* weights, const float* act) const {
     const int lane = here.lane;
     const bool normed = product != kOut && product != kDown;
-    float4 squares[2] = {};
-    if (normed) {
-      const float* own = act + plan.act + 4 * lane;
-      squares[0] = read_now(own);
-      if (plan.squares > 128) squares[1] = read_now(own + 128);
-#pragma unroll 1
-      for (int i = 256; i < plan.squares; i += 128) {
-        const float4 more = read_now(own + i);
-        squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
-      }
-    }
     const float4* from = reinterpret_cast<const float4*>(act + mine.act) + lane;
     int unit = mine.first, at = mine.at, pair = mine.pair;
     float factor = 1.0f;
@@ -89,6 +78,17 @@ struct Step {
       const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
       float sum[2];
       first.times<T>(mine.passes, mine.rows, from, sum);
+      float4 squares[2] = {};
+      if (normed && k == 0) {
+        const float* own = act + plan.act + 4 * lane;
+        squares[0] = read_now(own);
+        if (plan.squares > 128) squares[1] = read_now(own + 128);
+#pragma unroll 1
+        for (int i = 256; i < plan.squares; i += 128) {
+          const float4 more = read_now(own + i);
+          squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
+        }
+      }
       float value = lane < 16 ? sum[0] : sum[1], other = lane < 16 ? sum[1] : sum[0];
       value += __shfl_xor_sync(~0u, other, 16);
       if (normed && k == 0) {
@@ -148,7 +148,6 @@ struct Step {
     }
     x = widen2(embedded, T());
     if (thread < kWarps) here.fixed.keys[thread] = 0;
-    int previous = -1;  // the product that x lacks
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
     for (int layer = 0, product = kQkv; layer <= layers;) {
@@ -158,36 +157,39 @@ struct Step {
       float* act = here.act(turn);
       turn ^= 1;
       // This thread's input: pairs from + k * step, k < n.
-      int from, step = 2 * kThreads, n;
-      float2 attended = {};
+      constexpr int kFew = 2;
+      Pairs<kFew> got;
+      const uint64_t* from = here.words + words + 2 * thread;
+      int step = 2 * kThreads, n, asked = -1;
       if (product == kOut) {
         weight = two_of(a.layers[layer].mlp_norm);
-        from = words + ((a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention);
+        from += (a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention;
         n = 2 * thread < width ? 1 : 0;
         if (!(a.leave & kLeaveAttention)) {
           attention.run(words, layer, position);
           if (splits.count > a.few_splits) {
             attention.combine(words, layer, end);
           } else if (splits.count > 1) {
-            if (n > 0) attended = Attention<T>::result(here, words, end, thread);
-            n = 0;
+            if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
+            asked = 0;
           }
         }
       } else if (product == kDown) {
         weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
-        from = words + plan.at[kGateUp];
+        from += plan.at[kGateUp];
         n = left ? 0 : (a.shape.d_ff / 2 - thread + kThreads - 1) / kThreads;
       } else {
-        from = previous < 0 ? 0 : (product == kGateUp ? words : words - plan.layer) + plan.at[previous];
+        const bool attended = product == kGateUp;  // else it is the MLP's result that x lacks
+        from += attended ? plan.at[kOut] : plan.at[kDown] - plan.layer;
         step = a.shape.dim;
-        n = owns && previous >= 0 ? plan.products[previous].parts : 0;
+        n = !owns || (!attended && (layer == 0 || a.leave & kLeaveMlp)) ? 0
+            : attended                                                  ? plan.products[kOut].parts
+                                                                        : plan.products[kDown].parts;
       }
-      from += 2 * thread;
+      if (asked < 0) asked = n;
       here.watch.where = layer * 16 + product;
-      constexpr int kFew = 2;
-      int at[kFew] = {from, from + step};
-      Pairs<kFew> got;
-      got.ask(here.words, at, n);
+      const uint64_t* at[kFew] = {from, from + step};
+      got.ask(at, asked);
       Mine mine = here.fixed.mine[product][here.warp];
       mine.count = same(mine.count), mine.slot = same(mine.slot);
       mine.passes = static_cast<uint16_t>(same(mine.passes)), mine.rows = static_cast<uint16_t>(same(mine.rows));
@@ -195,13 +197,14 @@ struct Step {
       Rows rows_of;
       copies_left<4>();  // five groups a layer, each used a layer after it was asked for
       if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
-      got.await(here.watch, here.words, at, n);
+      got.await(here.watch, at, asked);
       if (product == kOut || product == kDown) {
-        if (product == kOut && splits.count > 1 && n == 0) {
-          if (2 * thread < width) *reinterpret_cast<float2*>(act + act_at(2 * thread)) = attended;
-        }
+#pragma unroll 1
         for (int k = 0; k < n; k += kFew) {
-          if (k > 0) at[0] += kFew * step, at[1] += kFew * step, got.ask(here.words, at, n - k), got.await(here.watch, here.words, at, n - k);
+          if (k > 0) {
+            at[0] += kFew * step, at[1] += kFew * step;
+            got = take(here.watch, at, n - k);
+          }
           *reinterpret_cast<float2*>(act + act_at(2 * (thread + k * kThreads))) = got[0];
           if (k + 1 < n) *reinterpret_cast<float2*>(act + act_at(2 * (thread + (k + 1) * kThreads))) = got[1];
         }
@@ -209,7 +212,7 @@ struct Step {
         x.x += got[0].x + got[1].x, x.y += got[0].y + got[1].y;
 #pragma unroll 1
         for (int k = kFew; k < n; ++k) {
-          const float2 more = take(here.watch, here.words, from + k * step);
+          const float2 more = take(here.watch, from + k * step);
           x.x += more.x, x.y += more.y;
         }
         // x times the norm's weight, and what the factor is made of that is still missing then.
@@ -221,7 +224,6 @@ struct Step {
       }
       __syncthreads();
       if (busy) multiply(product, words, mine, rows_of, weights(layer, product), act);
-      if (product == kOut || product == kDown) previous = left ? -1 : product;
       ask(next, product, mine);
       if (product == kOut) attention.prefetch(next, position + (next == 0 ? 1 : 0));
       if (++product >= kHead) {

@@ -49,18 +49,18 @@ struct Watch {
   }
 };
 
-// Pairs of words words[at[i]], words[at[i] + 1], at[i] even, of i < n: asked for all at once, so that what a warp has to do
+// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n: asked for all at once, so that what a warp has to do
 // before it needs them costs no time. The rest counts as 0.
 template <int N>
 struct Pairs {
   ulonglong2 two[N] = {};
 
-  __device__ void ask(const uint64_t* words, const int (&at)[N], int n) {
+  __device__ void ask(const uint64_t* const (&at)[N], int n) {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i < n) two[i] = words_at(words + at[i]);
+      if (i < n) two[i] = words_at(at[i]);
   }
-  __device__ void await(Watch& watch, const uint64_t* words, const int (&at)[N], int n) {
+  __device__ void await(Watch& watch, const uint64_t* const (&at)[N], int n) {
     for (unsigned spins = 1;; ++spins) {
       bool all = true;
 #pragma unroll
@@ -69,26 +69,24 @@ struct Pairs {
         all = all && (i >= n || ((one ^ watch.tag) | (other ^ watch.tag)) == 0);
       }
       if (all || !watch.again(spins)) break;
-      ask(words, at, n);
+      ask(at, n);
     }
   }
+  __device__ void set(int i, float2 to) { two[i].x = __float_as_uint(to.x), two[i].y = __float_as_uint(to.y); }
   __device__ float2 operator[](int i) const {
     return make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)), __uint_as_float(static_cast<unsigned>(two[i].y)));
   }
 };
 template <int N>
-__device__ inline void take(Watch& watch, const uint64_t* words, const int (&at)[N], int n, float2 (&to)[N]) {
+__device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
   Pairs<N> pairs;
-  pairs.ask(words, at, n);
-  pairs.await(watch, words, at, n);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = pairs[i];
+  pairs.ask(at, n);
+  pairs.await(watch, at, n);
+  return pairs;
 }
-__device__ inline float2 take(Watch& watch, const uint64_t* words, int at) {
-  const int one[1] = {at};
-  float2 to[1];
-  take<1>(watch, words, one, 1, to);
-  return to[0];
+__device__ inline float2 take(Watch& watch, const uint64_t* at) {
+  const uint64_t* const one[1] = {at};
+  return take<1>(watch, one, 1)[0];
 }
 
 // ---- A block's place, and what its threads find in shared memory.

@@ -49,6 +49,7 @@ struct Plan {
   int scratch;   // bytes: of attention
   int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
   int shared;    // bytes in all
+  int group;     // query heads of a key head
   int most_splits;
   int lanes, lanes_log2;  // of a position in attention, 8 numbers a lane
   // The exchange, in words of 8 bytes: of a layer, then of what comes after the last one, and all of one copy.

@@ -58,13 +58,13 @@ template <typename T>
 struct Attention {
   Here& here;
   const Splits& splits;
-  const int group, width;  // query heads of a key head; head_dim
+  const int &group, &width;  // query heads of a key head; head_dim
   const int &kv_head, &split;
 
   __device__ Attention(Here& here, const Splits& splits)
       : here(here),
         splits(splits),
-        group(here.a.shape.heads / here.a.shape.kv_heads),
+        group(here.plan.group),
         width(here.a.shape.head_dim),
         kv_head(here.fixed.kv_head),
         split(here.fixed.split) {}
@@ -114,7 +114,7 @@ struct Attention {
       const int i = j - asked, of_head = i < width ? i : i - width;  // i < 0: of a query, i < width: of the key, else of the value
       const int from = i < 0 ? kv_head * asked + j : (i < width ? s.heads + kv_head : s.heads + s.kv_heads + kv_head) * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
-      const float2 two = take(here.watch, here.words, at + from);
+      const float2 two = take(here.watch, here.words + at + from);
       if (i < 0) {
         *reinterpret_cast<float2*>(queries() + j) = make_float2(two.x * scale, two.y * scale);
       } else {
@@ -293,20 +293,19 @@ struct Attention {
   }
 
   // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
-  static constexpr int kFew = 4;
+  static constexpr int kFew = 3;
   __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
     const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
-    int at[2 * kFew];
-    float2 got[2 * kFew];
+    const uint64_t* at[2 * kFew];
     int n = 0;
 #pragma unroll
     for (int k = 0; k < kFew; ++k) {
       const int split = min(first + k * step, end - 1);
-      at[2 * k] = layer_words + here.plan.at_parts + split * all + row;
-      at[2 * k + 1] = layer_words + here.plan.at_lse + 2 * (split * heads + head);
+      at[2 * k] = here.words + layer_words + here.plan.at_parts + split * all + row;
+      at[2 * k + 1] = here.words + layer_words + here.plan.at_lse + 2 * (split * heads + head);
       if (first + k * step < end) n = 2 * k + 2;
     }
-    take<2 * kFew>(here.watch, here.words, at, n, got);
+    const Pairs<2 * kFew> got = take(here.watch, at, n);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
@@ -332,13 +331,16 @@ struct Attention {
       Weighted<2> sum;
 #pragma unroll 1
       for (int run = here.lane; run < end; run += 32) {
-        const int at[2] = {layer_words + here.plan.at_parts + run * all + row, layer_words + here.plan.at_lse + 2 * (run * heads + head)};
-        float2 got[2];
-        take<2>(here.watch, here.words, at, 2, got);
-        sum.scale(sum.raise(got[1].x));
-        const float weight = sum.weight(got[1].x);
+        const uint64_t* from = here.words + layer_words;
+        const uint64_t* const at[2] = {from + here.plan.at_parts + run * all + row,
+                                       from + here.plan.at_lse + 2 * (run * heads + head)};
+        const Pairs<2> got = take(here.watch, at, 2);
+        const float2 two = got[0];
+        const float lse = got[1].x;
+        sum.scale(sum.raise(lse));
+        const float weight = sum.weight(lse);
         sum.total += weight;
-        sum.sum[0] = fmaf(weight, got[0].x, sum.sum[0]), sum.sum[1] = fmaf(weight, got[0].y, sum.sum[1]);
+        sum.sum[0] = fmaf(weight, two.x, sum.sum[0]), sum.sum[1] = fmaf(weight, two.y, sum.sum[1]);
       }
       sum.meet(1, 32);
       const float by = __fdividef(1.0f, sum.total);
@@ -351,7 +353,8 @@ struct Attention {
     Weighted<2> sum;
 #pragma unroll 1
     for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);
-    return make_float2(sum.sum[0] / sum.total, sum.sum[1] / sum.total);
+    const float by = __fdividef(1.0f, sum.total);
+    return make_float2(sum.sum[0] * by, sum.sum[1] * by);
   }
 };
 

@@ -43,7 +43,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   if (s.vocab < 1 || s.vocab > 1 << 20) return "vocab_size must be at most 2^20";
   if (blocks < s.kv_heads) return "the card has fewer multiprocessors than the model has kv_heads";
   Plan p{};
-  p.blocks = blocks;
+  p.blocks = blocks, p.group = group;
   const int half = s.head_dim / 2, heads = s.heads + 2 * s.kv_heads;
   p.products[kQkv] = share(heads * half, s.dim, 2, half, half, half, blocks);  // pairs that RoPE turns
   p.products[kOut] = share(s.dim, width, 1, s.dim, 0, 0, blocks);
