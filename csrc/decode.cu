@@ -63,24 +63,36 @@ struct Step {
     weight = two_of(a.layers[0].attention_norm);
   }
 
-  // All of a warp's units. Those of a product behind a norm lack a factor, whose squares are summed up beside.
-  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, const void* weights, const float* act) const {
+  // Where the result of a unit goes: lanes 0 to 15 have what becomes of its first row, the others what becomes of the second
+  // one, if there is one, and one lane each of them writes one copy.
+  __device__ uint64_t* to(int product, int words, int at) const {
+    const int lane = here.lane, half = product == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0;
+    return here.words_of(lane % 16) + words + at + half;
+  }
+
+  // All of a warp's units, the first one to `to`, with what stands from `act` + `from` on. Those of a product behind a norm
+  // lack a factor, whose squares are summed up beside.
+  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, int layer, const float* act, int from,
+                           uint64_t* to_first) const {
     const int lane = here.lane;
     const bool normed = product != kOut && product != kDown;
-    const float4* from = reinterpret_cast<const float4*>(act + mine.act) + lane;
-    int unit = mine.first, at = mine.at, pair = mine.pair;
+    const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
+    uint64_t* goes_to = to_first;
+    int unit = mine.first, pair = mine.pair;
     float factor = 1.0f;
     uint64_t best = 0;
 #pragma unroll 1
     for (int k = 0;;) {
-      // Lanes 0 to 15 have what becomes of a unit's first row, the others what becomes of the second one, if there is one.
-      uint64_t* const to = here.words_of(lane % 16) + words + at + (product == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0);
-      const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
       float sum[2];
-      first.times<T>(mine.passes, mine.rows, from, sum);
+      first.times<T>(mine.passes, mine.rows, reinterpret_cast<const float4*>(act + from), sum);
+      float cos = 1.0f, sin = 0.0f;
+      if (product == kQkv) {
+        cos = static_cast<const volatile float&>(here.fixed.rope[0][pair]);
+        sin = static_cast<const volatile float&>(here.fixed.rope[1][pair]);  // -sin turns the first
+      }
       float4 squares[2] = {};
       if (normed && k == 0) {
-        const float* own = act + plan.act + 4 * lane;
+        const float* own = here.act(turn ^ 1) + plan.act + 4 * lane;
         squares[0] = read_now(own);
         if (plan.squares > 128) squares[1] = read_now(own + 128);
 #pragma unroll 1
@@ -106,17 +118,16 @@ struct Step {
         for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
       }
       if (!normed) {
-        if (puts) put_word(to, word(value, here.watch.tag));
+        if (puts) put_word(goes_to, word(value, here.watch.tag));
       } else {
         value *= factor;
         other = __shfl_xor_sync(~0u, value, 16);
         if (product == kGateUp) {
           value = __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other;
-          if (puts) put_word(to, word(value, here.watch.tag));
+          if (puts) put_word(goes_to, word(value, here.watch.tag));
         } else if (product == kQkv) {
-          const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
           value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
-          if (puts) put_word(to, word(value, here.watch.tag));
+          if (puts) put_word(goes_to, word(value, here.watch.tag));
         } else {
           const int token = 2 * unit + (lane < 16 ? 0 : 1);
           const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
@@ -126,14 +137,16 @@ struct Step {
         }
       }
       if (++k >= mine.count) break;
-      const Matrix& m = plan.products[product];
-      unit += m.stride, at += m.stride;
+      const int again = pinned(product);  // nothing of what follows is to be computed before the first unit
+      const Matrix& m = plan.products[again];
+      unit += m.stride;
       const int run = run_of(m, unit);
-      if (product == kQkv) {
-        at = plan.at[kQkv] + unit + run * m.run;
+      goes_to += m.stride;
+      if (again == kQkv) {
+        goes_to = to(kQkv, words, plan.at[kQkv] + unit + run * m.run);
         pair = run < a.shape.heads + a.shape.kv_heads ? unit - run * m.run : kNoTurn;
       }
-      first.load<T>(m, mine, k, unit + run * m.skip, weights, rows(product), here);
+      first.load<T>(m, mine, k, unit + run * m.skip, weights(layer, again), rows(again), here);
     }
     if (product == kHead) here.fixed.keys[here.warp] = largest(best);
   }
@@ -197,6 +210,8 @@ struct Step {
       Rows rows_of;
       copies_left<4>();  // five groups a layer, each used a layer after it was asked for
       if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
+      uint64_t* const goes_to = pinned(to(product, words, mine.at));
+      const int first = pinned(mine.act + 4 * here.lane);
       got.await(here.watch, at, asked);
       if (product == kOut || product == kDown) {
 #pragma unroll 1
@@ -223,7 +238,7 @@ struct Step {
         }
       }
       __syncthreads();
-      if (busy) multiply(product, words, mine, rows_of, weights(layer, product), act);
+      if (busy) multiply(product, words, mine, rows_of, layer, act, first, goes_to);
       ask(next, product, mine);
       if (product == kOut) attention.prefetch(next, position + (next == 0 ? 1 : 0));
       if (++product >= kHead) {

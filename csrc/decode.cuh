@@ -171,6 +171,15 @@ __device__ inline float4 read_now(const float* at) {
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))));
   return four;
 }
+// Computed where it stands, not later.
+__device__ inline int pinned(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ inline uint64_t* pinned(uint64_t* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
 // The same number in all lanes of a warp, and the compiler knows it: no code for lanes that go other ways.
 __device__ inline int same(int value) { return __shfl_sync(~0u, value, 0); }
 
