@@ -151,8 +151,8 @@ struct Step {
     if (product == kHead) here.fixed.keys[here.warp] = largest(best);
   }
 
-  // The token after `token`, which stands at `position`; -1 if a block gave up.
-  __device__ int run(int token, int position, const Splits& splits) {
+  // The token after `token`, which stands at `position`; -1 if a block gave up. `fresh`: all is asked for that can be.
+  __device__ int run(int token, int position, bool fresh, const Splits& splits) {
     const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim, thread = here.thread;
     const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
     if (a.rope != nullptr && thread < a.shape.head_dim) {
@@ -164,7 +164,6 @@ struct Step {
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
     for (int layer = 0, product = kQkv; layer <= layers;) {
-      const int next = layer + 1 < layers ? layer + 1 : 0;
       const int words = layer * plan.layer;
       const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
       float* act = here.act(turn);
@@ -173,20 +172,12 @@ struct Step {
       constexpr int kFew = 2;
       Pairs<kFew> got;
       const uint64_t* from = here.words + words + 2 * thread;
-      int step = 2 * kThreads, n, asked = -1;
+      int step = 2 * kThreads, n;
+      here.watch.where = layer * 16 + product;
       if (product == kOut) {
         weight = two_of(a.layers[layer].mlp_norm);
         from += (a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention;
         n = 2 * thread < width ? 1 : 0;
-        if (!(a.leave & kLeaveAttention)) {
-          attention.run(words, layer, position);
-          if (splits.count > a.few_splits) {
-            attention.combine(words, layer, end);
-          } else if (splits.count > 1) {
-            if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
-            asked = 0;
-          }
-        }
       } else if (product == kDown) {
         weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
         from += plan.at[kGateUp];
@@ -199,10 +190,30 @@ struct Step {
             : attended                                                  ? plan.products[kOut].parts
                                                                         : plan.products[kDown].parts;
       }
-      if (asked < 0) asked = n;
-      here.watch.where = layer * 16 + product;
+      int asked = n;
       const uint64_t* at[kFew] = {from, from + step};
-      got.ask(at, asked);
+      if (product != kOut) got.ask(at, asked);
+      // While that is on its way: what was just used is asked for, of the next layer.
+      if (!fresh || layer > 0 || product > kQkv) {
+        const bool first = product == kQkv || product == kHead;
+        const int used = !first ? product - 1 : layer > 0 ? +kDown : +kHead, next = layer + (first ? 0 : 1);
+        const int of = next < layers ? next : 0;
+        ask(of, used, here.fixed.mine[used][here.warp]);
+        if (product == kGateUp) attention.prefetch(of, position + (of == 0 ? 1 : 0));
+      }
+      if (product == kOut) {
+        if (!(a.leave & kLeaveAttention)) {
+          attention.run(words, layer, position);
+          if (splits.count > a.few_splits) {
+            attention.combine(words, layer, end);
+          } else if (splits.count > 1) {
+            if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
+            asked = 0;
+          }
+        }
+        here.watch.where = layer * 16 + product;
+        got.ask(at, asked);
+      }
       Mine mine = here.fixed.mine[product][here.warp];
       mine.count = same(mine.count), mine.slot = same(mine.slot);
       mine.passes = static_cast<uint16_t>(same(mine.passes)), mine.rows = static_cast<uint16_t>(same(mine.rows));
@@ -239,8 +250,6 @@ struct Step {
       }
       __syncthreads();
       if (busy) multiply(product, words, mine, rows_of, layer, act, first, goes_to);
-      ask(next, product, mine);
-      if (product == kOut) attention.prefetch(next, position + (next == 0 ? 1 : 0));
       if (++product >= kHead) {
         if (layer == layers) break;
         product = ++layer < layers ? kQkv : kHead;
@@ -291,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   step.ask_first(position);
   bool stopped = false;
   for (; done < a.tokens && !stopped; ++done, ++position, ++here.watch.tag) {
-    token = step.run(static_cast<int>(token), position, splits);
+    token = step.run(static_cast<int>(token), position, done == 0, splits);
     if (token < 0) break;
     if (here.block == 0 && thread == 0) a.ids[position + 1] = token;
     for (int i = 0; i < a.stop_count; ++i) stopped = stopped || a.stops[i] == token;

@@ -293,7 +293,7 @@ struct Attention {
   }
 
   // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
-  static constexpr int kFew = 3;
+  static constexpr int kFew = 2;
   __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
     const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
     const uint64_t* at[2 * kFew];
