@@ -8,13 +8,20 @@
 //    shared memory (`prefetch`), so that they are there when the activations are; what does not fit is read from L2;
 //  - every block keeps the whole residual stream, in fp32, two numbers a thread: norms need no exchange of their own;
 //  - keys and values of earlier positions wait in shared memory too (decode_attention.cuh).
-// So a phase is: poll, one barrier of the block, products, a warp's sum, a store.
+// So a phase is: poll, one barrier of the block, products, a warp's sum, a store. A trip through L2 takes .7 us, a dependent
+// instruction 2.5 ns, a read of shared memory or a shuffle 15: so what does not depend on the input stands before the barrier,
+// where it costs nothing, and behind it are some 150 instructions. The first warps fetch the input, the last ones multiply.
 //
 // All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
 //
-// Reference: tinylm.generate.loop.Loop.step. Time a token, bf16, tiny at contexts 128 / 1,024 / 4,096 and small at 128, from a
-// script on an H100 (not the suite), against what was expected (some 32 phases of 1.2 us):
-//   this: 76 / 90 / 115 and 231 us, not 40 / 50 / 60 and 150; 1 to 8 copies of the exchange alike, 16 worse
+// Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small at
+// 128, from a script on an H200 (not the suite), against what was expected:
+//   all in the order of the phases: 75.5 / 84 / 109 and 213 us, not 40 / 50 / 60 and 150 (some 32 phases of 1.2 us). A timeline
+//     from clock64 in the kernel: the next input is there already when a warp is done with product (.8), prefetch (.5), poll (.6)
+//   one cluster of 16 blocks, exchange in distributed shared memory, weights streamed through a ring by bulk copies, tensor
+//     cores: 168 / 191 / 279 and 776, not 30 to 40: a chunk of 24 KB takes .7 to .85 us, which L2 delivers in .34 (1.16 TB/s to
+//     16 blocks of one cluster, 2.4 to 16 of none), attention 5 to 6; dropped
+//   this, everything that can be before the barrier: MEASURED, not 52 / 57 / 68 and 170
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 
@@ -220,6 +227,7 @@ struct Step {
       const bool busy = mine.count > 0 && !left;
       Rows rows_of;
       copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+      if (busy && mine.slot < 0) foresee<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
       if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
       uint64_t* const goes_to = pinned(to(product, words, mine.at));
       const int first = pinned(mine.act + 4 * here.lane);

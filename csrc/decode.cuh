@@ -222,6 +222,25 @@ __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* w
   copies_commit();
 }
 
+// Where rows wait nowhere: those of the warp's later units come into L2 at least while the first one is waited for.
+template <typename T>
+__device__ inline void foresee(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 128 / sizeof(T);
+  const int end = min(m.width, mine.act + m.columns);
+#pragma unroll 1
+  for (int k = 1; k < mine.count; ++k) {
+    const int unit = mine.first + k * m.stride, row = unit + run_of(m, unit) * m.skip;
+#pragma unroll 1
+    for (int r = 0; r < mine.rows; ++r) {
+      const T* from = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width;
+      for (int i = mine.act + here.lane * kLine; i < end; i += 32 * kLine)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+    }
+  }
+#endif
+}
+
 // A lane's numbers of a unit's rows. They do not depend on what is multiplied with them, and are here before it.
 struct Rows {
   uint4 w[2][kMostPasses];
