@@ -21,12 +21,17 @@ __device__ inline uint64_t rank_key(float value, int index) {
 __device__ inline int index_of(uint64_t key) { return static_cast<int>(~static_cast<unsigned>(key)); }
 __device__ inline float value_of(uint64_t key) { return value_of_ordered(static_cast<unsigned>(key >> 32)); }
 __device__ inline uint64_t largest(uint64_t key) {  // of a warp
+#if __CUDA_ARCH__ >= 800
+  const unsigned high = static_cast<unsigned>(key >> 32), most = __reduce_max_sync(~0u, high);
+  return uint64_t{most} << 32 | __reduce_max_sync(~0u, high == most ? static_cast<unsigned>(key) : 0);
+#else
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     const uint64_t other = __shfl_xor_sync(~0u, key, offset);
     key = other > key ? other : key;
   }
   return key;
+#endif
 }
 
 // Sampling, as tinylm.generate.sampling has it: argmax(p / noise) among the top k, noise of Exponential(1) that is a pure

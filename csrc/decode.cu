@@ -8,13 +8,20 @@
 //    shared memory (`prefetch`), so that they are there when the activations are; what does not fit is read from L2;
 //  - every block keeps the whole residual stream, in fp32, two numbers a thread: norms need no exchange of their own;
 //  - keys and values of earlier positions wait in shared memory too (decode_attention.cuh).
-// So a phase is: poll, one barrier of the block, products, a warp's sum, a store.
+// So a phase is: poll, one barrier of the block, products, a warp's sum, a store. A trip through L2 takes .7 us, a dependent
+// instruction 2.5 ns, a read of shared memory or a shuffle 15: so what does not depend on the input stands before the barrier,
+// where it costs nothing, and behind it are some 150 instructions. The first warps fetch the input, the last ones multiply.
 //
 // All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
 //
-// Reference: tinylm.generate.loop.Loop.step. Time a token, bf16, tiny at contexts 128 / 1,024 / 4,096 and small at 128, from a
-// script on an H100 (not the suite), against what was expected (some 32 phases of 1.2 us):
-//   this: 76 / 90 / 115 and 231 us, not 40 / 50 / 60 and 150; 1 to 8 copies of the exchange alike, 16 worse
+// Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small at
+// 128, from a script on an H200 (not the suite), against what was expected:
+//   all in the order of the phases: 75.5 / 84 / 109 and 213 us, not 40 / 50 / 60 and 150 (some 32 phases of 1.2 us). A timeline
+//     from clock64 in the kernel: the next input is there already when a warp is done with product (.8), prefetch (.5), poll (.6)
+//   one cluster of 16 blocks, exchange in distributed shared memory, weights streamed through a ring by bulk copies, tensor
+//     cores: 168 / 191 / 279 and 776, not 30 to 40: a chunk of 24 KB takes .7 to .85 us, which L2 delivers in .34 (1.16 TB/s to
+//     16 blocks of one cluster, 2.4 to 16 of none), attention 5 to 6; dropped
+//   this, everything that can be before the barrier: MEASURED, not 52 / 57 / 68 and 170
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 
@@ -29,7 +36,6 @@ struct Step {
   float2 x = {};  // of the residual stream: numbers 2 * thread and the next
   unsigned weight = 0;  // of the next norm, beside x
   float rope = 1.0f;    // a number of the next position's row, of thread < head_dim
-  uint64_t best = 0;    // of the logits that this lane has seen
   const bool owns;
   int turn = 0;  // which of the two buffers is filled next: one barrier between filling and reading is enough then
 
@@ -40,15 +46,15 @@ struct Step {
     return product == kHead ? a.head : a.layers[layer].products[product];
   }
   __device__ int rows(int product) const { return product == kHead ? a.shape.vocab : INT_MAX; }
-  __device__ void ask(int layer, int product) const {
-    prefetch<T>(plan.products[product], here.fixed.mine[product][here.warp], weights(layer, product), rows(product), here);
+  __device__ void ask(int layer, int product, const Mine& mine) const {
+    prefetch<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
   }
   // In the order in which they are used.
   __device__ void ask_all(int position) const {
 #pragma unroll 1
     for (int product = 0; product < kProducts; ++product) {
+      ask(0, product, here.fixed.mine[product][here.warp]);
       if (product == kOut) attention.prefetch(0, position);
-      ask(0, product);
     }
   }
 
@@ -64,152 +70,202 @@ struct Step {
     weight = two_of(a.layers[0].attention_norm);
   }
 
-  // x plus a product's rows, `parts` words each.
-  __device__ void add(int words, int parts) {
-    if (!owns) return;
-    constexpr int kFew = 2;
+  // Where the result of a unit goes: lanes 0 to 15 have what becomes of its first row, the others what becomes of the second
+  // one, if there is one, and one lane each of them writes one copy.
+  __device__ uint64_t* to(int product, int words, int at) const {
+    const int lane = here.lane, half = product == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0;
+    return here.words_of(lane % 16) + words + at + half;
+  }
+
+  // All of a warp's units, the first one to `to`, with what stands from `act` + `from` on. Those of a product behind a norm
+  // lack a factor, whose squares are summed up beside.
+  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, int layer, const float* act, int from,
+                           uint64_t* to_first) const {
+    const int lane = here.lane;
+    const bool normed = product != kOut && product != kDown;
+    const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
+    uint64_t* goes_to = to_first;
+    int unit = mine.first, pair = mine.pair;
+    float factor = 1.0f;
+    uint64_t best = 0;
 #pragma unroll 1
-    for (int p = 0; p < parts; p += kFew) {
-      int at[kFew];
-      float2 got[kFew];
-      const int n = min(kFew, parts - p);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (here.thread * parts + p + k);
-      take<kFew>(here.watch, here.words, at, n, got);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) {
-        if (k >= n) break;
-        if (parts == 1) {
-          x.x += got[k].x, x.y += got[k].y;
-        } else {
-          (2 * (p + k) < parts ? x.x : x.y) += got[k].x + got[k].y;
+    for (int k = 0;;) {
+      float sum[2];
+      first.times<T>(mine.passes, mine.rows, reinterpret_cast<const float4*>(act + from), sum);
+      float cos = 1.0f, sin = 0.0f;
+      if (product == kQkv) {
+        cos = static_cast<const volatile float&>(here.fixed.rope[0][pair]);
+        sin = static_cast<const volatile float&>(here.fixed.rope[1][pair]);  // -sin turns the first
+      }
+      float4 squares[2] = {};
+      if (normed && k == 0) {
+        const float* own = here.act(turn ^ 1) + plan.act + 4 * lane;
+        squares[0] = read_now(own);
+        if (plan.squares > 128) squares[1] = read_now(own + 128);
+#pragma unroll 1
+        for (int i = 256; i < plan.squares; i += 128) {
+          const float4 more = read_now(own + i);
+          squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
         }
       }
-    }
-  }
-  // x times the norm's weight, to all warps once they have met.
-  __device__ void norm(float* to) const {
-    float square = 0.0f;
-    const float2 by = widen2(weight, T());
-    if (owns) {
-      *reinterpret_cast<float2*>(to + act_at(2 * here.thread)) = make_float2(x.x * by.x, x.y * by.y);
-      square = fmaf(x.x, x.x, x.y * x.y);
-    }
-    if (here.warp * 64 < a.shape.dim) {
+      float value = lane < 16 ? sum[0] : sum[1], other = lane < 16 ? sum[1] : sum[0];
+      value += __shfl_xor_sync(~0u, other, 16);
+      if (normed && k == 0) {
+        float square = ((squares[0].x + squares[0].y) + (squares[0].z + squares[0].w)) +
+                       ((squares[1].x + squares[1].y) + (squares[1].z + squares[1].w));
+        square += __shfl_xor_sync(~0u, square, 16);
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(~0u, square, offset);
-    }
-    if (here.lane == 0) reinterpret_cast<float*>(here.fixed.squares[turn])[here.warp] = square;
-  }
-  // The factor that is still missing then.
-  __device__ float rstd() const {
-    const float4(&s)[kWarps / 4] = here.fixed.squares[turn];
-    float4 sum = {};
+        for (int offset = 8; offset > 0; offset /= 2) {
+          value += __shfl_xor_sync(~0u, value, offset);
+          square += __shfl_xor_sync(~0u, square, offset);
+        }
+        factor = rsqrtf(fmaf(square, a.inverse_dim, a.eps));
+      } else {
 #pragma unroll
-    for (int i = 0; i < kWarps / 4; ++i) sum.x += s[i].x, sum.y += s[i].y, sum.z += s[i].z, sum.w += s[i].w;
-    return rsqrtf(((sum.x + sum.y) + (sum.z + sum.w)) * a.inverse_dim + a.eps);
-  }
-  // A vector out of the exchange.
-  __device__ void fill(float* to, int pairs, int words) const {
-    constexpr int kFew = 4;
-#pragma unroll 1
-    for (int j = here.thread; j < pairs; j += kFew * kThreads) {
-      int at[kFew];
-      float2 got[kFew];
-      const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = words + 2 * (j + k * kThreads);
-      take<kFew>(here.watch, here.words, at, n, got);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k)
-        if (k < n) *reinterpret_cast<float2*>(to + act_at(2 * (j + k * kThreads))) = got[k];
-    }
-  }
-
-  // What a product gives a warp: of a unit's rows, or of its part of them.
-  __device__ void finish(int product, int words, int unit, int part, float value, float rstd) {
-    const int lane = here.lane, half = a.shape.head_dim / 2;
-    if (product == kOut || product == kDown) {
-      here.put(words + plan.at[product] + unit * plan.products[product].parts + part, value, lane);
-      return;
-    }
-    value *= rstd;
-    const float other = __shfl_xor_sync(~0u, value, 16);
-    if (product == kQkv) {
-      const int run = run_of(plan.products[kQkv], unit), pair = unit - run * half;
-      if (unit < (a.shape.heads + a.shape.kv_heads) * half) {
-        const float cos = here.fixed.rope[0][pair], sin = here.fixed.rope[1][pair];  // -sin turns the first
-        value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
+        for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
       }
-      here.put(words + plan.at[kQkv] + unit + run * half + (lane < 16 ? 0 : half), value, lane % 16);
-    } else if (product == kGateUp) {
-      if (lane < 16) here.put(words + plan.at[kGateUp] + unit, __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other, lane);
-    } else {
-      const int token = 2 * unit + (lane < 16 ? 0 : 1);
-      const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
-      best = key > best ? key : best;
-      if (a.temperature > 0.0f && lane % 16 == 0)
-        put_word(a.exchange + plan.at_logits + token, word(value, here.watch.tag));
+      if (!normed) {
+        if (puts) put_word(goes_to, word(value, here.watch.tag));
+      } else {
+        value *= factor;
+        other = __shfl_xor_sync(~0u, value, 16);
+        if (product == kGateUp) {
+          value = __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other;
+          if (puts) put_word(goes_to, word(value, here.watch.tag));
+        } else if (product == kQkv) {
+          value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
+          if (puts) put_word(goes_to, word(value, here.watch.tag));
+        } else {
+          const int token = 2 * unit + (lane < 16 ? 0 : 1);
+          const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
+          best = key > best ? key : best;
+          if (a.temperature > 0.0f && lane % 16 == 0)
+            put_word(a.exchange + plan.at_logits + token, word(value, here.watch.tag));
+        }
+      }
+      if (++k >= mine.count) break;
+      const int again = pinned(product);  // nothing of what follows is to be computed before the first unit
+      const Matrix& m = plan.products[again];
+      unit += m.stride;
+      const int run = run_of(m, unit);
+      goes_to += m.stride;
+      if (again == kQkv) {
+        goes_to = to(kQkv, words, plan.at[kQkv] + unit + run * m.run);
+        pair = run < a.shape.heads + a.shape.kv_heads ? unit - run * m.run : kNoTurn;
+      }
+      first.load<T>(m, mine, k, unit + run * m.skip, weights(layer, again), rows(again), here);
     }
+    if (product == kHead) here.fixed.keys[here.warp] = largest(best);
   }
 
-  // The token after `token`, which stands at `position`; -1 if a block gave up.
-  __device__ int run(int token, int position, const Splits& splits) {
-    const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim;
+  // The token after `token`, which stands at `position`; -1 if a block gave up. `fresh`: all is asked for that can be.
+  __device__ int run(int token, int position, bool fresh, const Splits& splits) {
+    const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim, thread = here.thread;
     const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
-    if (a.rope != nullptr && here.thread < a.shape.head_dim) {
-      const int half = a.shape.head_dim / 2, row = here.thread < half ? 0 : 1;
-      here.fixed.rope[row][here.thread - row * half] = rope;
+    if (a.rope != nullptr && thread < a.shape.head_dim) {
+      const int half = a.shape.head_dim / 2, row = thread < half ? 0 : 1;
+      here.fixed.rope[row][thread - row * half] = rope;
     }
     x = widen2(embedded, T());
-    best = 0;
-    int previous = -1;  // the product that x lacks
+    if (thread < kWarps) here.fixed.keys[thread] = 0;
     const int end = position / splits.span + 1;  // runs of positions that are begun
 #pragma unroll 1
-    for (int i = 0; i <= kHead * layers; ++i) {
-      const int layer = i / kHead, product = layer < layers ? i % kHead : +kHead, next = layer + 1 < layers ? layer + 1 : 0;
+    for (int layer = 0, product = kQkv; layer <= layers;) {
       const int words = layer * plan.layer;
+      const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
       float* act = here.act(turn);
-      float factor = 1.0f;
+      turn ^= 1;
+      // This thread's input: pairs from + k * step, k < n.
+      constexpr int kFew = 2;
+      Pairs<kFew> got;
+      const uint64_t* from = here.words + words + 2 * thread;
+      int step = 2 * kThreads, n;
       here.watch.where = layer * 16 + product;
       if (product == kOut) {
         weight = two_of(a.layers[layer].mlp_norm);
-        if (!(a.leave & kLeaveAttention)) {
-          attention.run(words, layer, position);
-          if (splits.count > a.few_splits) attention.combine(words, layer, end);
-        }
-        attention.prefetch(next, position + (next == 0 ? 1 : 0));
-        here.watch.where = layer * 16 + product;
-        if (2 * here.thread < width) {
-          const float2 two = a.leave & kLeaveAttention
-                                 ? take(here.watch, here.words, words + plan.at[kQkv] + 2 * here.thread)
-                                 : Attention<T>::result(here, splits, words, end, here.thread);
-          *reinterpret_cast<float2*>(act + act_at(2 * here.thread)) = two;
-        }
+        from += (a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention;
+        n = 2 * thread < width ? 1 : 0;
       } else if (product == kDown) {
         weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
-        if (!(a.leave & kLeaveMlp)) fill(act, a.shape.d_ff / 2, words + plan.at[kGateUp]);
+        from += plan.at[kGateUp];
+        n = left ? 0 : (a.shape.d_ff / 2 - thread + kThreads - 1) / kThreads;
       } else {
-        if (previous >= 0)
-          add((product == kGateUp ? words : words - plan.layer) + plan.at[previous], plan.products[previous].parts);
-        norm(act);
+        const bool attended = product == kGateUp;  // else it is the MLP's result that x lacks
+        from += attended ? plan.at[kOut] : plan.at[kDown] - plan.layer;
+        step = a.shape.dim;
+        n = !owns || (!attended && (layer == 0 || a.leave & kLeaveMlp)) ? 0
+            : attended                                                  ? plan.products[kOut].parts
+                                                                        : plan.products[kDown].parts;
+      }
+      int asked = n;
+      const uint64_t* at[kFew] = {from, from + step};
+      if (product != kOut) got.ask(at, asked);
+      // While that is on its way: what was just used is asked for, of the next layer.
+      if (!fresh || layer > 0 || product > kQkv) {
+        const bool first = product == kQkv || product == kHead;
+        const int used = !first ? product - 1 : layer > 0 ? +kDown : +kHead, next = layer + (first ? 0 : 1);
+        const int of = next < layers ? next : 0;
+        ask(of, used, here.fixed.mine[used][here.warp]);
+        if (product == kGateUp) attention.prefetch(of, position + (of == 0 ? 1 : 0));
+      }
+      if (product == kOut) {
+        if (!(a.leave & kLeaveAttention)) {
+          attention.run(words, layer, position);
+          if (splits.count > a.few_splits) {
+            attention.combine(words, layer, end);
+          } else if (splits.count > 1) {
+            if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
+            asked = 0;
+          }
+        }
+        here.watch.where = layer * 16 + product;
+        got.ask(at, asked);
+      }
+      Mine mine = here.fixed.mine[product][here.warp];
+      mine.count = same(mine.count), mine.slot = same(mine.slot);
+      mine.passes = static_cast<uint16_t>(same(mine.passes)), mine.rows = static_cast<uint16_t>(same(mine.rows));
+      const bool busy = mine.count > 0 && !left;
+      Rows rows_of;
+      copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+      if (busy && mine.slot < 0) foresee<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
+      if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
+      uint64_t* const goes_to = pinned(to(product, words, mine.at));
+      const int first = pinned(mine.act + 4 * here.lane);
+      got.await(here.watch, at, asked);
+      if (product == kOut || product == kDown) {
+#pragma unroll 1
+        for (int k = 0; k < n; k += kFew) {
+          if (k > 0) {
+            at[0] += kFew * step, at[1] += kFew * step;
+            got = take(here.watch, at, n - k);
+          }
+          *reinterpret_cast<float2*>(act + act_at(2 * (thread + k * kThreads))) = got[0];
+          if (k + 1 < n) *reinterpret_cast<float2*>(act + act_at(2 * (thread + (k + 1) * kThreads))) = got[1];
+        }
+      } else {
+        x.x += got[0].x + got[1].x, x.y += got[0].y + got[1].y;
+#pragma unroll 1
+        for (int k = kFew; k < n; ++k) {
+          const float2 more = take(here.watch, from + k * step);
+          x.x += more.x, x.y += more.y;
+        }
+        // x times the norm's weight, and what the factor is made of that is still missing then.
+        if (owns) {
+          const float2 by = widen2(weight, T());
+          *reinterpret_cast<float2*>(act + act_at(2 * thread)) = make_float2(x.x * by.x, x.y * by.y);
+          act[plan.act + thread] = fmaf(x.x, x.x, x.y * x.y);
+        }
       }
       __syncthreads();
-      if (product != kOut && product != kDown) factor = rstd();
-      turn ^= 1;
-      const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
-      if (!left) {
-        multiply<T>(plan.products[product], here.fixed.mine[product][here.warp], weights(layer, product), rows(product), here, act,
-                    [&](int unit, int part, float value) { finish(product, words, unit, part, value, factor); });
-        if (product == kOut || product == kDown) previous = product;
-      } else if (product == kDown) {
-        previous = -1;
+      if (busy) multiply(product, words, mine, rows_of, layer, act, first, goes_to);
+      if (++product >= kHead) {
+        if (layer == layers) break;
+        product = ++layer < layers ? kQkv : kHead;
       }
-      ask(next, product);
     }
     here.watch.where = layers * 16 + kChoose;
     ask_first(position + 1);
-    return choose(here, best, position + 1);
+    return choose(here, position + 1);
   }
 };
 
@@ -220,14 +276,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Static fixed;
   static_assert(sizeof(Static) <= kOwnShared);
   const int thread = static_cast<int>(threadIdx.x);
-  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), thread / 32, thread % 32, thread,
+  Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), same(thread / 32), thread % 32, thread,
             a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
   // What no copy fills, beyond a row's end, is to count as nothing.
   for (int i = thread; i < plan.shared / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
-  if (thread < 64) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
+  if (thread <= kNoTurn) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
   if (thread < kProducts * kWarps)
     fixed.mine[thread / kWarps][thread % kWarps] =
-        share_of(plan.products[thread / kWarps], here.block, plan.blocks, thread % kWarps);
+        share_of(a, plan, thread / kWarps, here.block, thread % kWarps);
   if (thread < kWarps) {
     const int group = a.shape.heads / a.shape.kv_heads;
     fixed.group_head[thread] = thread % group, fixed.group_part[thread] = thread / group;
@@ -252,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   step.ask_first(position);
   bool stopped = false;
   for (; done < a.tokens && !stopped; ++done, ++position, ++here.watch.tag) {
-    token = step.run(static_cast<int>(token), position, splits);
+    token = step.run(static_cast<int>(token), position, done == 0, splits);
     if (token < 0) break;
     if (here.block == 0 && thread == 0) a.ids[position + 1] = token;
     for (int i = 0; i < a.stop_count; ++i) stopped = stopped || a.stops[i] == token;

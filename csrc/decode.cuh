@@ -23,8 +23,8 @@ __device__ inline ulonglong2 words_at(const uint64_t* at) {
   return two;
 }
 
-constexpr long long kPatience = 4'000'000'000;  // clocks, some 2 s, that a word is waited for
-constexpr int kLate = 1, kNoToken = 2;          // in status[0]
+constexpr unsigned kPatience = 4'000'000;  // times that a word is asked for, .4 us each at least
+constexpr int kLate = 1, kNoToken = 2;      // in status[0]
 enum Wait { kAttention = kProducts, kCombine, kChoose };  // after the products'
 
 // How long a thread waits. One that waited in vain is dead: it goes on with what it has, without waiting again, so that the
@@ -39,68 +39,101 @@ struct Watch {
     if (atomicCAS(status, 0, what) == 0) status[1] = where;
     dead = true;
   }
+  // Whether to ask once more.
+  __device__ bool again(unsigned spins) {
+    if (spins % 1024 == 0) {
+      if (*static_cast<volatile int32_t*>(status) != 0) dead = true;
+      if (spins >= kPatience) fail(kLate);
+    }
+    return !dead;
+  }
 };
 
-// Pairs of words words[at[i]], words[at[i] + 1], at[i] even, of i < n: all of them are asked for, then waited for.
+// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n: asked for all at once, so that what a warp has to do
+// before it needs them costs no time. The rest counts as 0.
 template <int N>
-__device__ inline void take(Watch& watch, const uint64_t* words, const int (&at)[N], int n, float2 (&to)[N]) {
-  // Registers that only some lanes fill would count as in use wherever this stands in a loop: hence all that is set here.
+struct Pairs {
   ulonglong2 two[N] = {};
-  unsigned spins = 0;
-  long long since = 0;
-  while (true) {
-    bool all = true;
+
+  __device__ void ask(const uint64_t* const (&at)[N], int n) {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i < n) two[i] = words_at(words + at[i]);
+      if (i < n) two[i] = words_at(at[i]);
+  }
+  __device__ void await(Watch& watch, const uint64_t* const (&at)[N], int n) {
+    for (unsigned spins = 1;; ++spins) {
+      bool all = true;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < n) all = all && two[i].x >> 32 == watch.tag && two[i].y >> 32 == watch.tag;
-    if (all || watch.dead) break;
-    if (++spins % 512 == 0) {
-      const long long now = clock64();
-      if (since == 0) since = now;
-      if (*static_cast<volatile int32_t*>(watch.status) != 0) watch.dead = true;
-      if (now - since > kPatience) watch.fail(kLate);
+      for (int i = 0; i < N; ++i) {
+        const unsigned one = static_cast<unsigned>(two[i].x >> 32), other = static_cast<unsigned>(two[i].y >> 32);
+        all = all && (i >= n || ((one ^ watch.tag) | (other ^ watch.tag)) == 0);
+      }
+      if (all || !watch.again(spins)) break;
+      ask(at, n);
     }
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-    to[i] = i < n ? make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)),
-                                __uint_as_float(static_cast<unsigned>(two[i].y)))
-                  : make_float2(0.0f, 0.0f);
+  __device__ void set(int i, float2 to) { two[i].x = __float_as_uint(to.x), two[i].y = __float_as_uint(to.y); }
+  __device__ float2 operator[](int i) const {
+    return make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)), __uint_as_float(static_cast<unsigned>(two[i].y)));
+  }
+};
+template <int N>
+__device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
+  Pairs<N> pairs;
+  pairs.ask(at, n);
+  pairs.await(watch, at, n);
+  return pairs;
 }
-__device__ inline float2 take(Watch& watch, const uint64_t* words, int at) {
-  const int one[1] = {at};
-  float2 to[1];
-  take<1>(watch, words, one, 1, to);
-  return to[0];
+__device__ inline float2 take(Watch& watch, const uint64_t* at) {
+  const uint64_t* const one[1] = {at};
+  return take<1>(watch, one, 1)[0];
 }
 
 // ---- A block's place, and what its threads find in shared memory.
 
-// What a warp has to do for a product: units first + k * stride, k < count, its part of them, in passes. One place that one
-// read brings, because from a phase's barrier on nothing else is waited for.
+__device__ inline int run_of(const Matrix& m, int unit) {
+  return m.inverse == 0 ? unit : static_cast<int>(__umulhi(static_cast<unsigned>(unit), m.inverse));
+}
+
+// What a warp has to do for a product: units first + k * stride, k < count, its part of them. One place that two reads bring.
 struct alignas(16) Mine {
-  int first, count, stride, part;
+  int first, count;
   int slot;  // bytes: where its rows wait in shared memory; negative: nowhere
   int act;   // its first number of what they are multiplied with
-  int passes, rows;
+  int row;   // the first unit's first one
+  int at;    // the word of its result, from the layer's first on
+  int pair;  // of RoPE that turns it; kNoTurn: none
+  uint16_t passes, rows;
 };
-__device__ inline Mine share_of(const Matrix& m, int block, int blocks, int warp) {
-  const int first = block * m.units / blocks + warp / m.parts, end = (block + 1) * m.units / blocks;
-  const int count = first < end ? (end - first + m.stride - 1) / m.stride : 0, part = warp % m.parts;
-  const int slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
-  return {first, count, m.stride, part, slot, part * m.columns, m.passes, m.rows};
+constexpr int kNoTurn = 64;
+__device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, int block, int warp) {
+  const Matrix& m = plan.products[product];
+  // From the last warp on: the first ones fetch what is multiplied, and do not wait for one another's products so.
+  warp = kWarps - 1 - warp;
+  const int first = block * m.units / plan.blocks + warp / m.parts, end = (block + 1) * m.units / plan.blocks;
+  const int part = warp % m.parts, run = run_of(m, first);
+  Mine mine;
+  mine.first = first, mine.count = first < end ? (end - first + m.stride - 1) / m.stride : 0;
+  mine.slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
+  mine.act = part * m.columns;
+  mine.passes = static_cast<uint16_t>(m.passes), mine.rows = static_cast<uint16_t>(m.rows);
+  mine.row = first + run * m.skip;
+  mine.at = product == kHead ? 0 : plan.at[product] + part * a.shape.dim + first;
+  mine.pair = kNoTurn;
+  if (product == kQkv) {
+    const int half = m.run;
+    mine.at += run * half;
+    if (run < a.shape.heads + a.shape.kv_heads) mine.pair = first - run * half;
+  }
+  return mine;
 }
 
 // What stays the same is here too, where it takes no registers.
 struct Static {
-  float4 squares[2][kWarps / 4];
   Mine mine[kProducts][kWarps];
   int kv_head, split;  // of attention; no work: split -1
   int group_parts, group_head[kWarps], group_part[kWarps];  // of a warp there: which query head of the group, with which part of the run
-  float rope[2][64];  // of the position: cosines, and sines as they are for the first of a pair (negative)
+  float rope[2][kNoTurn + 1];  // of the position: cosines, and sines as they are for the first of a pair (negative)
   uint64_t keys[kWarps];
   float extremes[2][kWarps];
   int chosen, dead, count, bin, need;
@@ -115,20 +148,40 @@ struct Here {
   const uint64_t* words;  // the copy of the exchange that this block reads
   Watch watch;
 
-  __device__ float* act(int turn) const { return reinterpret_cast<float*>(shared) + turn * plan.act; }
+  __device__ float* act(int turn) const { return reinterpret_cast<float*>(shared) + turn * (plan.act + plan.squares); }
   __device__ uint64_t* words_of(int copy) const { return a.exchange + int64_t{copy} * plan.words; }
 
   // Lane `copy` of some writes the word of copy `copy`.
   __device__ void put(int at, float value, int copy) const {
     if (copy < a.copies) put_word(words_of(copy) + at, word(value, watch.tag));
   }
-  // One thread, all copies.
-  __device__ void put_pair(int at, float first, float second) const {
+  // Lanes first, first + 1, ... of `lanes` have the same; each writes its copies.
+  __device__ void put_pair(int at, float one, float other, int first, int lanes) const {
 #pragma unroll 1
-    for (int copy = 0; copy < a.copies; ++copy)
-      put_words(words_of(copy) + at, word(first, watch.tag), word(second, watch.tag));
+    for (int copy = first; copy < a.copies; copy += lanes)
+      put_words(words_of(copy) + at, word(one, watch.tag), word(other, watch.tag));
   }
 };
+
+// A read that stays where it stands: the compiler would put it off until what is read is needed.
+__device__ inline float4 read_now(const float* at) {
+  float4 four;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))));
+  return four;
+}
+// Computed where it stands, not later.
+__device__ inline int pinned(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ inline uint64_t* pinned(uint64_t* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
+// The same number in all lanes of a warp, and the compiler knows it: no code for lanes that go other ways.
+__device__ inline int same(int value) { return __shfl_sync(~0u, value, 0); }
 
 // Where a phase's input number i lies in `act`, so that lanes that read 8 numbers each as two float4 meet no bank twice.
 __device__ inline int act_at(int i) { return (i & ~255) | (i & 4) << 5 | (i & 0xf8) >> 1 | (i & 3); }
@@ -142,105 +195,136 @@ __device__ inline void copies_left() {  // until all but the last n groups have 
 
 // ---- Matrix rows times a vector.
 
-__device__ inline int run_of(const Matrix& m, int unit) {
-  return m.inverse == 0 ? unit : static_cast<int>(__umulhi(static_cast<unsigned>(unit), m.inverse));
-}
-__device__ inline int row_of(const Matrix& m, int unit, int r, int rows) {
-  return min(unit + run_of(m, unit) * m.skip + r * m.apart, rows - 1);
-}
-
 // Asks for what `multiply` will need of the matrix, and ends a group of copies. Every lane copies what it alone will read: no
 // one else waits for it.
 template <typename T>
 __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
-  if (m.slot >= 0) {
+  if (mine.slot >= 0) {
     uint4* to = reinterpret_cast<uint4*>(here.shared + mine.slot) + here.lane;
-    const int start = mine.act + here.lane * 8;
+    const int start = mine.act + here.lane * 8, width = m.width;
+    const T* column = static_cast<const T*>(weights) + start;
+    int row = mine.row, unit = mine.first;
 #pragma unroll 1
-    for (int i = 0; i < mine.count * m.rows; ++i) {
-      const int k = m.rows == 2 ? i / 2 : i, r = m.rows == 2 ? i % 2 : 0;
-      const int row = row_of(m, mine.first + k * m.stride, r, rows);
-      const T* from = static_cast<const T*>(weights) + int64_t{row} * m.width + start;
+    for (int left = mine.count; left > 0; --left) {
+#pragma unroll 1
+      for (int r = 0; r < mine.rows; ++r) {
+        const T* from = column + int64_t{min(row + r * m.apart, rows - 1)} * width;
 #pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= m.passes) break;
-        if (start + p * kPassColumns < m.width) copy16(to, from + p * kPassColumns);
-        to += 32;
+        for (int p = 0; p < kMostPasses; ++p) {
+          if (p >= mine.passes) break;
+          if (start + p * kPassColumns < width) copy16(to + p * 32, from + p * kPassColumns);
+        }
+        to += mine.passes * 32;
       }
+      unit += m.stride, row = unit + run_of(m, unit) * m.skip;
     }
   }
   copies_commit();
 }
 
+// Where rows wait nowhere: those of the warp's later units come into L2 at least while the first one is waited for.
 template <typename T>
-__device__ inline void add_products(const uint4& weights, const float (&x)[8], float (&sum)[2]) {
-  float w[8];
-  unpack(Pack<T>{weights}, w);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i % 2] = fmaf(w[i], x[i], sum[i % 2]);
+__device__ inline void foresee(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 128 / sizeof(T);
+  const int end = min(m.width, mine.act + m.columns);
+#pragma unroll 1
+  for (int k = 1; k < mine.count; ++k) {
+    const int unit = mine.first + k * m.stride, row = unit + run_of(m, unit) * m.skip;
+#pragma unroll 1
+    for (int r = 0; r < mine.rows; ++r) {
+      const T* from = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width;
+      for (int i = mine.act + here.lane * kLine; i < end; i += 32 * kLine)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+    }
+  }
+#endif
 }
 
-// The products of this warp's units: done(unit, part, value), where of two rows lanes 0 to 15 have the first one's value and
-// the others the second one's.
-template <typename T, class Done>
-__device__ inline void multiply(const Matrix& m, const Mine& shared_mine, const void* weights, int rows, const Here& here,
-                                const float* act, Done done) {
-  const Mine mine = shared_mine;
-  if (mine.count == 0) return;
-  float x[kMostPasses][8] = {};
-#pragma unroll
-  for (int p = 0; p < kMostPasses; ++p) {
-    if (p >= mine.passes) break;
-    const float4* from = reinterpret_cast<const float4*>(act + mine.act + p * kPassColumns) + here.lane;
-    const float4 low = from[0], high = from[32];
-    x[p][0] = low.x, x[p][1] = low.y, x[p][2] = low.z, x[p][3] = low.w;
-    x[p][4] = high.x, x[p][5] = high.y, x[p][6] = high.z, x[p][7] = high.w;
-  }
-  if (mine.slot >= 0) copies_left<4>();  // five groups a layer, each used a layer after it was asked for
-  const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane;
-#pragma unroll 1
-  for (int unit = mine.first, left = mine.count; left > 0; --left, unit += shared_mine.stride) {
-    // All of a unit at once, so that it is waited for once.
-    uint4 w[2][kMostPasses] = {};
+// A lane's numbers of a unit's rows. They do not depend on what is multiplied with them, and are here before it.
+struct Rows {
+  uint4 w[2][kMostPasses];
+
+  // Of the warp's unit number k, whose first row is `row`.
+  template <typename T>
+  __device__ void load(const Matrix& m, const Mine& mine, int k, int row, const void* weights, int rows, const Here& here) {
     if (mine.slot >= 0) {
-#pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= mine.passes) break;
-        w[0][p] = from[p * 32];
-        if (mine.rows == 2) w[1][p] = from[(mine.passes + p) * 32];
-      }
-      from += mine.rows * mine.passes * 32;
-    } else {
-      const int start = mine.act + here.lane * 8;
+      const uint4* from =
+          reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * mine.rows * mine.passes * 32;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (r >= mine.rows) break;
-        const T* row = static_cast<const T*>(weights) + int64_t{row_of(m, unit, r, rows)} * m.width + start;
 #pragma unroll
-        for (int p = 0; p < kMostPasses; ++p)
-          if (p < mine.passes && start + p * kPassColumns < m.width)
-            w[r][p] = __ldg(reinterpret_cast<const uint4*>(row + p * kPassColumns));
+        for (int p = 0; p < kMostPasses; ++p) {
+          if (p >= mine.passes) break;
+          w[r][p] = from[p * 32];
+        }
+        from += mine.passes * 32;
+      }
+      return;
+    }
+    const int start = mine.act + here.lane * 8;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (r >= mine.rows) break;
+      const T* of = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width + start;
+#pragma unroll
+      for (int p = 0; p < kMostPasses; ++p) {
+        if (p >= mine.passes) break;
+        w[r][p] = make_uint4(0, 0, 0, 0);
+        if (start + p * kPassColumns < m.width) w[r][p] = __ldg(reinterpret_cast<const uint4*>(of + p * kPassColumns));
       }
     }
-    float sum[2][2] = {};
-#pragma unroll
-    for (int p = 0; p < kMostPasses; ++p) {
-      if (p >= mine.passes) break;
-      add_products<T>(w[0][p], x[p], sum[0]);
-      if (mine.rows == 2) add_products<T>(w[1][p], x[p], sum[1]);
-    }
-    float value = sum[0][0] + sum[0][1];
-    float other = value;
-    if (mine.rows == 2) {
-      const float second = sum[1][0] + sum[1][1];
-      other = here.lane < 16 ? second : value;
-      value = here.lane < 16 ? value : second;
-    }
-    value += __shfl_xor_sync(~0u, other, 16);
-#pragma unroll
-    for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    done(unit, shared_mine.part, value);
   }
-}
+
+  // Their products with `act`: without branches, so that all reads are on their way at once, as far as registers go.
+  template <typename T, int P, int R>
+  __device__ void times(const float4* act, float (&sum)[2]) const {
+    constexpr int kAtOnce = P < kMostPasses ? P : P / 2;
+    float part[R][4] = {};
+#pragma unroll
+    for (int first = 0; first < P; first += kAtOnce) {
+      float4 x[kAtOnce][2];
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p)
+        x[p][0] = act[(first + p) * (kPassColumns / 4)], x[p][1] = act[(first + p) * (kPassColumns / 4) + 32];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int p = 0; p < kAtOnce; ++p) {
+          float v[8];
+          unpack(Pack<T>{w[r][first + p]}, v);
+          const float4 &low = x[p][0], &high = x[p][1];
+          part[r][0] = fmaf(v[0], low.x, part[r][0]), part[r][1] = fmaf(v[1], low.y, part[r][1]);
+          part[r][2] = fmaf(v[2], low.z, part[r][2]), part[r][3] = fmaf(v[3], low.w, part[r][3]);
+          part[r][0] = fmaf(v[4], high.x, part[r][0]), part[r][1] = fmaf(v[5], high.y, part[r][1]);
+          part[r][2] = fmaf(v[6], high.z, part[r][2]), part[r][3] = fmaf(v[7], high.w, part[r][3]);
+        }
+      }
+      if (kAtOnce < P) asm volatile("" ::: "memory");
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float(&of)[4] = part[r < R ? r : 0];
+      sum[r] = (of[0] + of[1]) + (of[2] + of[3]);
+    }
+  }
+  template <typename T, int P>
+  __device__ void times(int rows, const float4* act, float (&sum)[2]) const {
+    rows == 2 ? times<T, P, 2>(act, sum) : times<T, P, 1>(act, sum);
+  }
+  template <typename T>
+  __device__ void times(int passes, int rows, const float4* act, float (&sum)[2]) const {
+    if (passes == 2) {
+      times<T, 2>(rows, act, sum);
+    } else if (passes == 3) {
+      times<T, 3>(rows, act, sum);
+    } else if (passes == 4) {
+      times<T, 4>(rows, act, sum);
+    } else {
+      times<T, 1>(rows, act, sum);
+    }
+  }
+};
 
 }  // namespace tinylm::decode

@@ -43,12 +43,13 @@ struct Matrix {
 struct Plan {
   int blocks;
   Matrix products[kProducts];
-  int act;       // floats in each of two buffers of what a phase reads
+  int act, squares;  // floats in each of two buffers of what a phase reads; behind them, of the sum of squares
   int tile;      // positions in each half of the ring of keys and values
   int ring;      // bytes: where its keys start, values after them
   int scratch;   // bytes: of attention
   int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
   int shared;    // bytes in all
+  int group;     // query heads of a key head
   int most_splits;
   int lanes, lanes_log2;  // of a position in attention, 8 numbers a lane
   // The exchange, in words of 8 bytes: of a layer, then of what comes after the last one, and all of one copy.

@@ -36,14 +36,17 @@ struct Weighted {
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] *= by;
   }
-  // Of all lanes whose number differs in bits from `low` up to, not including, `high`.
+  // Of all lanes whose number differs in bits from `low` up to, not including, `high`. Branches, not a loop: the shuffles of
+  // a step are on their way together.
   __device__ void meet(int low, int high) {
     float next = most;
-#pragma unroll 1
-    for (int offset = low; offset < high; offset *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2)
+      if (offset >= low && offset < high) next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
     scale(raise(next));
-#pragma unroll 1
-    for (int offset = low; offset < high; offset *= 2) {
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      if (offset < low || offset >= high) continue;
       total += __shfl_xor_sync(~0u, total, offset);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
@@ -55,13 +58,13 @@ template <typename T>
 struct Attention {
   Here& here;
   const Splits& splits;
-  const int group, width;  // query heads of a key head; head_dim
+  const int &group, &width;  // query heads of a key head; head_dim
   const int &kv_head, &split;
 
   __device__ Attention(Here& here, const Splits& splits)
       : here(here),
         splits(splits),
-        group(here.a.shape.heads / here.a.shape.kv_heads),
+        group(here.plan.group),
         width(here.a.shape.head_dim),
         kv_head(here.fixed.kv_head),
         split(here.fixed.split) {}
@@ -102,23 +105,23 @@ struct Attention {
   // The token's own vectors, out of the exchange; its key and value into the cache too, if the position is this block's.
   __device__ void receive(int layer_words, int layer, int position, bool own) const {
     const Shape& s = here.a.shape;
-    const int asked = group * width / 2, all = asked + (own ? width : 0);
+    const int asked = group * width, all = asked + (own ? 2 * width : 0);
     const float scale = kLog2e * rsqrtf(static_cast<float>(width));
     const int at = layer_words + here.plan.at[kQkv];
+    const int64_t row = row_of(layer, position);
 #pragma unroll 1
-    for (int j = here.thread; j < all; j += kThreads) {
-      if (j < asked) {
-        const float2 q = take(here.watch, here.words, at + kv_head * group * width + 2 * j);
-        queries()[2 * j] = q.x * scale, queries()[2 * j + 1] = q.y * scale;
-        continue;
+    for (int j = 2 * here.thread; j < all; j += 2 * kThreads) {
+      const int i = j - asked, of_head = i < width ? i : i - width;  // i < 0: of a query, i < width: of the key, else of the value
+      const int from = i < 0 ? kv_head * asked + j : (i < width ? s.heads + kv_head : s.heads + s.kv_heads + kv_head) * width + of_head;
+      T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
+      const float2 two = take(here.watch, here.words + at + from);
+      if (i < 0) {
+        *reinterpret_cast<float2*>(queries() + j) = make_float2(two.x * scale, two.y * scale);
+      } else {
+        const unsigned narrow = narrow2(two, T());
+        *reinterpret_cast<unsigned*>(newest() + i) = narrow;
+        *reinterpret_cast<unsigned*>(stream) = narrow;
       }
-      const int i = j - asked, half = width / 2;  // i < half: of the key, else of the value
-      const int head = i < half ? s.heads + kv_head : s.heads + s.kv_heads + kv_head, of_head = i < half ? i : i - half;
-      const unsigned two =
-          narrow2(take(here.watch, here.words, at + head * width + 2 * of_head), T());
-      reinterpret_cast<unsigned*>(newest())[i] = two;
-      void* stream = i < half ? here.a.keys : here.a.values;
-      reinterpret_cast<unsigned*>(static_cast<T*>(stream) + row_of(layer, position))[of_head] = two;
     }
   }
 
@@ -128,50 +131,64 @@ struct Attention {
     int slots, slot, first;  // positions of a warp at once; of this lane; its numbers' place
     int head, part, parts;
   };
-  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int from, int to, int shift,
-                         int old) const {
-    constexpr int kAtOnce = 4;
+  // U positions of each lane, from `base` on, those before `to`.
+  template <int U>
+  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int base, int to, int shift, int old) const {
     const bool mine = lanes.first < width;
     const int step = lanes.parts * lanes.slots;
+    float score[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int p = base + lanes.slot + u * step;
+      score[u] = 0.0f;
+      if (p < to && mine) {
+        const T* key = p == old ? newest() : ring_keys() + (p - shift) * width;
+        float k[8];
+        unpack(Pack<T>{*reinterpret_cast<const uint4*>(key + lanes.first)}, k);
+        float odd = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) score[u] = fmaf(q[i], k[i], score[u]), odd = fmaf(q[i + 1], k[i + 1], odd);
+        score[u] += odd;
+      }
+    }
+#pragma unroll
+    for (int offset = 1; offset < 16; offset *= 2) {
+      if (offset >= here.plan.lanes) break;
+#pragma unroll
+      for (int u = 0; u < U; ++u) score[u] += __shfl_xor_sync(~0u, score[u], offset);
+    }
+    float most = -INFINITY;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (base + lanes.slot + u * step >= to) score[u] = -INFINITY;
+      most = fmaxf(most, score[u]);
+    }
+    to_add.scale(to_add.raise(most));
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int p = base + lanes.slot + u * step;
+      const float weight = to_add.weight(score[u]);
+      to_add.total += weight;
+      if (p < to && mine) {
+        const T* value = p == old ? newest() + width : ring_values() + (p - shift) * width;
+        float v[8];
+        unpack(Pack<T>{*reinterpret_cast<const uint4*>(value + lanes.first)}, v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to_add.sum[i] = fmaf(weight, v[i], to_add.sum[i]);
+      }
+    }
+  }
+  __device__ void attend(Weighted<8>& sum, const Lanes& lanes, const float (&q)[8], int from, int to, int shift, int old) const {
+    const int step = lanes.parts * lanes.slots;
 #pragma unroll 1
-    for (int base = from + lanes.part * lanes.slots; base < to; base += kAtOnce * step) {
-      float score[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int p = base + lanes.slot + u * step;
-        score[u] = 0.0f;
-        if (p < to && mine) {
-          const T* key = p == old ? newest() : ring_keys() + (p - shift) * width;
-          float k[8];
-          unpack(Pack<T>{*reinterpret_cast<const uint4*>(key + lanes.first)}, k);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) score[u] = fmaf(q[i], k[i], score[u]);
-        }
-      }
-#pragma unroll 1
-      for (int offset = 1; offset < here.plan.lanes; offset *= 2) {
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) score[u] += __shfl_xor_sync(~0u, score[u], offset);
-      }
-      float most = -INFINITY;
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (base + lanes.slot + u * step >= to) score[u] = -INFINITY;
-        most = fmaxf(most, score[u]);
-      }
-      to_add.scale(to_add.raise(most));
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int p = base + lanes.slot + u * step;
-        const float weight = to_add.weight(score[u]);
-        to_add.total += weight;
-        if (p < to && mine) {
-          const T* value = p == old ? newest() + width : ring_values() + (p - shift) * width;
-          float v[8];
-          unpack(Pack<T>{*reinterpret_cast<const uint4*>(value + lanes.first)}, v);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) to_add.sum[i] = fmaf(weight, v[i], to_add.sum[i]);
-        }
+    for (int base = from + lanes.part * lanes.slots; base < to;) {
+      // No more at once than there are: instructions that do nothing take the time of those of other warps.
+      if (base + 2 * step < to) {
+        attend<4>(sum, lanes, q, base, to, shift, old);
+        base += 4 * step;
+      } else {
+        attend<2>(sum, lanes, q, base, to, shift, old);
+        base += 2 * step;
       }
     }
   }
@@ -184,7 +201,7 @@ struct Attention {
     if (split < 0 || count == 0) return;
     here.watch.where = layer * 16 + kAttention;
     receive(layer_words, layer, position, own);
-    copies_left<4>();
+    copies_left<3>();  // of the five groups a layer this one is asked for last but two
     __syncthreads();
 
     Lanes lanes;
@@ -228,46 +245,67 @@ struct Attention {
       if (lanes.first == 0) to[width] = sum.most, to[width + 1] = sum.total;
     }
     __syncthreads();
-    const int pair = here.thread;
-    if (pair >= group * width / 2) return;
+    // Four parts a lane, of up to four lanes to a pair of numbers.
+    constexpr int kEach = 4;
+    const int pairs = group * width / 2, log2 = kEach * pairs <= kThreads ? 2 : 2 * pairs <= kThreads ? 1 : 0, each = 1 << log2;
+    static_assert(kEach * 4 >= kWarps);  // and where lanes are fewer, so are parts: head_dim is 128 at most
+    if (here.warp * 32 >= each * pairs) return;
+    const int pair = here.thread >> log2, first = here.thread & (each - 1);
     const int head = head_of(here, 2 * pair), of_head = 2 * pair - head * width;
+    float most[kEach], total[kEach];
+    float2 two[kEach];
     Weighted<2> both;
-    for (int part = 0; part < lanes.parts; ++part)
-      both.most = fmaxf(both.most, of_warps()[(part * group + head) * pitch + width]);
-#pragma unroll 2
-    for (int part = 0; part < lanes.parts; ++part) {
-      const float* from = of_warps() + (part * group + head) * pitch;
-      const float weight = both.weight(from[width]);
-      both.total = fmaf(weight, from[width + 1], both.total);
-      both.sum[0] = fmaf(weight, from[of_head], both.sum[0]);
-      both.sum[1] = fmaf(weight, from[of_head + 1], both.sum[1]);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int part = first + k * each;
+      const bool is = part < lanes.parts && pair < pairs;
+      const float* from = of_warps() + (is ? part * group + head : 0) * pitch;
+      most[k] = is ? from[width] : -INFINITY, total[k] = from[width + 1];
+      two[k] = *reinterpret_cast<const float2*>(from + (is ? of_head : 0));
+      both.most = fmaxf(both.most, most[k]);
     }
-    const float by = 1.0f / both.total;
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2)
+      if (offset < each) both.most = fmaxf(both.most, __shfl_xor_sync(~0u, both.most, offset));
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const float weight = both.weight(most[k]);
+      both.total = fmaf(weight, total[k], both.total);
+      both.sum[0] = fmaf(weight, two[k].x, both.sum[0]), both.sum[1] = fmaf(weight, two[k].y, both.sum[1]);
+    }
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+      if (offset >= each) break;
+      both.total += __shfl_xor_sync(~0u, both.total, offset);
+      both.sum[0] += __shfl_xor_sync(~0u, both.sum[0], offset);
+      both.sum[1] += __shfl_xor_sync(~0u, both.sum[1], offset);
+    }
+    if (pair >= pairs) return;
+    const float by = __fdividef(1.0f, both.total);
     const int query_head = kv_head * group + head;
     const int row = query_head * width + of_head, all = here.a.shape.heads * width;
-    here.put_pair(layer_words + (splits.count == 1 ? here.plan.at_attention : here.plan.at_parts + split * all) + row,
-                  both.sum[0] * by, both.sum[1] * by);
+    const int at = layer_words + (splits.count == 1 ? here.plan.at_attention : here.plan.at_parts + split * all) + row;
+    here.put_pair(at, both.sum[0] * by, both.sum[1] * by, first, each);
     if (splits.count > 1 && of_head == 0) {
-      const float lse = both.most + log2f(both.total);
-      here.put_pair(layer_words + here.plan.at_lse + 2 * (split * here.a.shape.heads + query_head), lse, lse);
+      const float lse = both.most + __log2f(both.total);
+      here.put_pair(layer_words + here.plan.at_lse + 2 * (split * here.a.shape.heads + query_head), lse, lse, first, each);
     }
   }
 
   // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
-  static constexpr int kFew = 4;
+  static constexpr int kFew = 2;
   __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
     const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
-    int at[2 * kFew];
-    float2 got[2 * kFew];
+    const uint64_t* at[2 * kFew];
     int n = 0;
 #pragma unroll
     for (int k = 0; k < kFew; ++k) {
       const int split = min(first + k * step, end - 1);
-      at[2 * k] = layer_words + here.plan.at_parts + split * all + row;
-      at[2 * k + 1] = layer_words + here.plan.at_lse + 2 * (split * heads + head);
+      at[2 * k] = here.words + layer_words + here.plan.at_parts + split * all + row;
+      at[2 * k + 1] = here.words + layer_words + here.plan.at_lse + 2 * (split * heads + head);
       if (first + k * step < end) n = 2 * k + 2;
     }
-    take<2 * kFew>(here.watch, here.words, at, n, got);
+    const Pairs<2 * kFew> got = take(here.watch, at, n);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
@@ -281,31 +319,42 @@ struct Attention {
     }
   }
 
-  // Where there are many runs, `end` of them begun, the block of a key head's first one adds up their results: several lanes a pair of numbers.
+  // Where there are many runs, `end` of them begun, their results are added up by the blocks of their key head, a pair of
+  // numbers a warp and a run a lane.
   __device__ void combine(int layer_words, int layer, int end) const {
-    if (split != 0) return;
+    if (split < 0) return;
     here.watch.where = layer * 16 + kCombine;
-    const int pairs = group * width / 2;
-    int each = 1, log2 = 0;
-    while (each < 32 && 2 * each * pairs <= kThreads) each *= 2, ++log2;
-    const int pair = here.thread >> log2, of_pair = here.thread & (each - 1), row = kv_head * group * width + 2 * pair;
-    Weighted<2> sum;
-    if (pair < pairs)
+    const int heads = here.a.shape.heads, all = heads * width;
 #pragma unroll 1
-      for (int first = of_pair; first < end; first += kFew * each) add(here, sum, layer_words, row, first, each, end);
-    sum.meet(1, each);
-    if (pair < pairs && of_pair == 0)
-      here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] / sum.total, sum.sum[1] / sum.total);
+    for (int pair = split + splits.count * here.warp; pair < group * width / 2; pair += splits.count * kWarps) {
+      const int row = kv_head * group * width + 2 * pair, head = head_of(here, row);
+      Weighted<2> sum;
+#pragma unroll 1
+      for (int run = here.lane; run < end; run += 32) {
+        const uint64_t* from = here.words + layer_words;
+        const uint64_t* const at[2] = {from + here.plan.at_parts + run * all + row,
+                                       from + here.plan.at_lse + 2 * (run * heads + head)};
+        const Pairs<2> got = take(here.watch, at, 2);
+        const float2 two = got[0];
+        const float lse = got[1].x;
+        sum.scale(sum.raise(lse));
+        const float weight = sum.weight(lse);
+        sum.total += weight;
+        sum.sum[0] = fmaf(weight, two.x, sum.sum[0]), sum.sum[1] = fmaf(weight, two.y, sum.sum[1]);
+      }
+      sum.meet(1, 32);
+      const float by = __fdividef(1.0f, sum.total);
+      here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] * by, sum.sum[1] * by, here.lane, 32);
+    }
   }
 
-  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, wherever they are; `end` runs are begun.
-  __device__ static float2 result(Here& here, const Splits& splits, int layer_words, int end, int pair) {
-    if (splits.count == 1 || splits.count > here.a.few_splits)
-      return take(here.watch, here.words, layer_words + here.plan.at_attention + 2 * pair);
+  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, of a few runs; `end` of them are begun.
+  __device__ static float2 result(Here& here, int layer_words, int end, int pair) {
     Weighted<2> sum;
 #pragma unroll 1
     for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);
-    return make_float2(sum.sum[0] / sum.total, sum.sum[1] / sum.total);
+    const float by = __fdividef(1.0f, sum.total);
+    return make_float2(sum.sum[0] * by, sum.sum[1] * by);
   }
 };
 

@@ -47,28 +47,28 @@ struct Sampler {
   // keys: of the largest, and of the smallest with its sign turned.
   __device__ void receive(uint64_t& most, uint64_t& least) const {
     for (int j = here.thread; j < here.plan.blocks; j += kThreads)
-      take(here.watch, here.a.exchange, here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
+      take(here.watch, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
     constexpr int kFew = 4;
     most = least = 0;
     const int pairs = (vocab + 1) / 2;
     for (int j = here.thread; j < pairs; j += kFew * kThreads) {
-      int at[kFew];
-      float2 got[kFew];
+      const uint64_t* at[kFew];
       const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
 #pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = here.plan.at_logits + 2 * (j + k * kThreads);
-      take<kFew>(here.watch, here.a.exchange, at, n, got);
+      for (int k = 0; k < kFew; ++k) at[k] = here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads);
+      const Pairs<kFew> got = take(here.watch, at, n);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) {
         const int i = 2 * (j + k * kThreads);
+        const float2 two = got[k];
         if (k >= n) continue;
         const bool both = i + 1 < vocab;
         if (cached != nullptr) {
-          cached[i] = got[k].x;
-          if (both) cached[i + 1] = got[k].y;
+          cached[i] = two.x;
+          if (both) cached[i + 1] = two.y;
         }
-        const uint64_t high = rank_key(both ? fmaxf(got[k].x, got[k].y) : got[k].x, i);
-        const uint64_t low = rank_key(-(both ? fminf(got[k].x, got[k].y) : got[k].x), i);
+        const uint64_t high = rank_key(both ? fmaxf(two.x, two.y) : two.x, i);
+        const uint64_t low = rank_key(-(both ? fminf(two.x, two.y) : two.x), i);
         most = high > most ? high : most;
         least = low > least ? low : least;
       }
@@ -169,17 +169,15 @@ struct Sampler {
   }
 };
 
-// The token for `place`, of each lane's best logit so far; the same to all threads of all blocks. -1: a block gave up.
-__device__ inline int choose(Here& here, uint64_t best, int64_t place) {
+// The token for `place`, of each warp's best logit in `keys`; the same to all threads of all blocks. -1: a block gave up.
+__device__ inline int choose(Here& here, int64_t place) {
   Static& f = here.fixed;
   const Plan& plan = here.plan;
   const int blocks = plan.blocks, turn = here.watch.tag % 2;
   const int at_best = plan.at_best + turn * blocks * 2, at_id = plan.at_id + turn * 2;
-  best = largest(best);
-  if (here.lane == 0) f.keys[here.warp] = best;
   __syncthreads();
   if (here.warp == 0) {
-    best = largest(f.keys[here.lane % kWarps]);
+    const uint64_t best = largest(f.keys[here.lane % kWarps]);
 #pragma unroll 1
     for (int copy = here.lane; copy < here.a.copies; copy += 32)
       put_words(here.words_of(copy) + at_best + 2 * here.block,
@@ -191,15 +189,15 @@ __device__ inline int choose(Here& here, uint64_t best, int64_t place) {
       constexpr int kFew = 5;  // 160 blocks at once
       uint64_t key = 0;
       for (int j = here.lane; j < blocks; j += kFew * 32) {
-        int at[kFew];
-        float2 got[kFew];
+        const uint64_t* at[kFew];
         const int n = min(kFew, (blocks - j + 31) / 32);
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) at[k] = at_best + 2 * (j + k * 32);
-        take<kFew>(here.watch, here.words, at, n, got);
+        for (int k = 0; k < kFew; ++k) at[k] = here.words + at_best + 2 * (j + k * 32);
+        const Pairs<kFew> got = take(here.watch, at, n);
 #pragma unroll
         for (int k = 0; k < kFew; ++k) {
-          const uint64_t other = k < n ? rank_key(got[k].x, __float_as_int(got[k].y)) : 0;
+          const float2 two = got[k];
+          const uint64_t other = k < n ? rank_key(two.x, __float_as_int(two.y)) : 0;
           key = other > key ? other : key;
         }
       }
@@ -208,9 +206,9 @@ __device__ inline int choose(Here& here, uint64_t best, int64_t place) {
   } else if (here.block == 0) {
     __syncthreads();  // keys are read above
     chosen = Sampler(here).draw(place);
-    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen));
+    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen), 0, 1);
   } else if (here.thread == 0) {
-    chosen = __float_as_int(take(here.watch, here.words, at_id).x);
+    chosen = __float_as_int(take(here.watch, here.words + at_id).x);
   }
   if (here.thread == 0) f.chosen = min(max(chosen, 0), here.a.shape.vocab - 1);
   if (here.watch.dead) f.dead = 1;

@@ -43,7 +43,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   if (s.vocab < 1 || s.vocab > 1 << 20) return "vocab_size must be at most 2^20";
   if (blocks < s.kv_heads) return "the card has fewer multiprocessors than the model has kv_heads";
   Plan p{};
-  p.blocks = blocks;
+  p.blocks = blocks, p.group = group;
   const int half = s.head_dim / 2, heads = s.heads + 2 * s.kv_heads;
   p.products[kQkv] = share(heads * half, s.dim, 2, half, half, half, blocks);  // pairs that RoPE turns
   p.products[kOut] = share(s.dim, width, 1, s.dim, 0, 0, blocks);
@@ -55,7 +55,8 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   while (p.lanes * 8 < s.head_dim) p.lanes *= 2, ++p.lanes_log2;
 
   for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
-  int at = 2 * 4 * p.act;
+  p.squares = up(s.dim / 2, 128);
+  int at = 2 * 4 * (p.act + p.squares);
   p.scratch = at;
   // Queries, newest key and value, and every warp's m, l, o.
   at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
@@ -68,7 +69,8 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   }
   const int position = 2 * 2 * s.head_dim;  // bytes of a key and a value
   // Keys and values go first, but leave most of a small shared memory to weights.
-  const int least = std::clamp(room / 4 / position / 16 * 16, kFewestPositions, 128);
+  const int least =
+      std::clamp(std::min(room / 4, room - at) / position / 16 * 16, kFewestPositions, 128);
   if (at + least * position > room) return "it takes more shared memory than the card has";
   int left = room - at - least * position;
   for (Matrix& m : p.products) {
