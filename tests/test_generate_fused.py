@@ -52,7 +52,7 @@ def loop_of(dtype: torch.dtype = torch.bfloat16, rows: int = 1, **more: Any) -> 
         ({"mlp": "gelu"}, "of mlp 'swiglu', this one has 'gelu'"),
         ({"bias": True}, "of bias False, this one has True"),
         ({"positions": "learned"}, "of positions rope or none, this one has 'learned'"),
-        ({"dtype": torch.float32}, "decodes bf16 and fp16, the model is in float32"),
+        ({"dtype": torch.float32}, "all in bf16 or all in fp16, this one is in float32"),
         ({"cache": None}, "with a dense cache"),
         ({"rows": 2}, "one row, 2 are given"),
         ({"sampling": Sampling(1.0, top_p=0.9)}, "not with top_p"),

@@ -22,14 +22,14 @@ from tinylm.attention import rotate
 from tinylm.config import preset
 from tinylm.generate import Decoder, RunnerWarning, Sampling, prefill
 from tinylm.generate.loop import Loop
-from tinylm.generate.runners import matvec
+from tinylm.generate.runners import kernels, matvec
 from tinylm.generate.runners.matvec import splits, unsupported
 from tinylm.generate.sampling import Noise, select
 from tinylm.model import Transformer
 from tinylm.ops import native
 
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: the kernels run nowhere else")
-half = st.sampled_from(matvec.DTYPES)
+half = st.sampled_from(kernels.DTYPES)
 ULP = 2.0**-24  # half a unit in the last place of fp32: the relative error of one rounding
 
 
@@ -46,14 +46,14 @@ def loop_of(dtype: torch.dtype = torch.bfloat16, rows: int = 1, cache: str | Non
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"norm": "layernorm"}, "norm is 'layernorm', and it knows 'rmsnorm' alone"),
-        ({"norm_placement": "post"}, "norm_placement is 'post'"),
-        ({"mlp": "gelu"}, "mlp is 'gelu'"),
-        ({"positions": "learned"}, "positions is 'learned'"),
-        ({"bias": True}, "bias is True"),
-        ({"dtype": torch.float32}, "float32: it needs all in bf16 or all in fp16"),
+        ({"norm": "layernorm"}, "of norm 'rmsnorm', this one has 'layernorm'"),
+        ({"norm_placement": "post"}, "of norm_placement 'pre', this one has 'post'"),
+        ({"mlp": "gelu"}, "of mlp 'swiglu', this one has 'gelu'"),
+        ({"positions": "learned"}, "of positions rope, this one has 'learned'"),
+        ({"bias": True}, "of bias False, this one has True"),
+        ({"dtype": torch.float32}, "all in bf16 or all in fp16, this one is in float32"),
         ({"cache": None}, "a dense cache"),
-        ({"rows": 2}, "2 rows at once: it does one"),
+        ({"rows": 2}, "one row, 2 are given"),
         ({"dim": 60, "heads": 4, "kv_heads": 4, "head_dim": 16}, "dim is 60: it needs a multiple of 8, at most 8192"),
         ({"head_dim": 12}, "head_dim is 12"),
         ({"head_dim": 264}, "head_dim is 264: it needs a multiple of 8, at most 256"),
@@ -84,7 +84,7 @@ def test_weights_that_it_cannot_read_are_told() -> None:
     down.weight = torch.nn.Parameter(torch.empty(shape[0] * shape[1] + 1, dtype=torch.bfloat16)[1:].view(shape))
     assert "aligned" in str(unsupported(loop))
     down.weight = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32))
-    assert "bfloat16, torch.float32" in str(unsupported(loop))
+    assert "in bfloat16, float32" in str(unsupported(loop))
 
 
 def test_its_limits_are_those_of_the_kernels() -> None:

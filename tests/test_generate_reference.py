@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinylm import checkpoint, data
 from tinylm.generate import Decoder
-from tinylm.generate.runners import fused
+from tinylm.generate.runners import kernels
 from tinylm.model import DTYPES, Transformer
 from tinylm.train import TrainConfig, train
 
@@ -64,7 +64,7 @@ def test_greedy_tokens_are_those_of_the_fp32_reference(
 ) -> None:
     """After prompts of 1 token to the whole context, wherever the reference's choice is beyond rounding."""
     (model, known), dtype = trained, DTYPES[kind]
-    if name in ONE_ROW and dtype not in fused.DTYPES:
+    if name in ONE_ROW and dtype not in kernels.DTYPES:
         pytest.skip(f"{name} decodes bf16 and fp16 alone")
     model = Transformer.build(model.config, dtype=dtype)
     model.load_state_dict(trained[0].state_dict())

@@ -15,13 +15,10 @@ from tinylm.attention import Rope
 from tinylm.cache import DenseCache
 from tinylm.config import ModelConfig
 from tinylm.generate.loop import Loop
+from tinylm.generate.runners import kernels
 from tinylm.generate.runners.protocol import Unable
-from tinylm.ops import native
 
-DTYPES = (torch.bfloat16, torch.float16)
-PARTS = {"norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "attention": "gqa", "bias": False}
 POSITIONS = ("rope", "none")
-WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.gate_up", "mlp.down")  # of a block
 # What a launch waits for, and that it waited in vain, as csrc/decode.h and decode.cuh number it.
 WAITS = ("qkv", "out", "gate_up", "down", "head", "attention", "combine", "choice")
 LATE = 1
@@ -42,12 +39,7 @@ class Fused:
     def __init__(self, loop: Loop) -> None:
         if (why := unsupported(loop)) is not None:
             raise Unable(why)
-        try:
-            missing = native.cuda_missing()
-        except native.NativeError as error:
-            missing = str(error)
-        if missing is not None:
-            raise Unable(missing)
+        kernels.need_library()
         self._loop, model, config = loop, loop.model, loop.model.config
         device = model.device
         card: Any = torch.cuda.get_device_properties(device)  # of which torch's stubs do not know all
@@ -60,7 +52,7 @@ class Fused:
             raise Unable(_told(error)) from None
         self._weights = [model.embed.weight, model.head_weight, model.norm.get_parameter("weight")]
         for block in model.blocks:
-            self._weights += [block.get_parameter(f"{name}.weight") for name in WEIGHTS]
+            self._weights += [block.get_parameter(f"{name}.weight") for name in kernels.WEIGHTS]
         rope = model.positions
         self._rope = rope.tables(device, torch.float32) if isinstance(rope, Rope) else torch.empty(0, device=device)
         # Words of {value, tag}: a tag is the number of a token, and no two tokens of this exchange have the same.
@@ -121,18 +113,8 @@ def shape_of(config: ModelConfig, vocab_size: int) -> list[int]:
 
 def unsupported(loop: Loop) -> str | None:
     """Why the kernel is not for this loop, in one line, as far as the card does not decide; None if it is."""
-    model, config, cache = loop.model, loop.model.config, loop.cache
-    for field, value in PARTS.items():
-        if getattr(config, field) != value:
-            return f"it decodes models of {field} {value!r}, this one has {getattr(config, field)!r}"
-    if config.positions not in POSITIONS:
-        return f"it decodes models of positions {' or '.join(POSITIONS)}, this one has {config.positions!r}"
-    if model.dtype not in DTYPES:
-        return f"it decodes bf16 and fp16, the model is in {str(model.dtype).removeprefix('torch.')}"
-    if not isinstance(cache, DenseCache) or cache.dtype != model.dtype:
-        return "it decodes with a dense cache in the model's dtype"
-    if len(loop.ids) != 1:
-        return f"it decodes one row, {len(loop.ids)} are given"
+    if (why := kernels.unsupported(loop, POSITIONS)) is not None:
+        return why
     if loop.sampling.temperature and (loop.sampling.top_p or 1) < 1:
         return "it draws with temperature and top_k, not with top_p"
     return None

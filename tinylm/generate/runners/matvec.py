@@ -16,18 +16,13 @@ from torch import Tensor
 from tinylm.attention import Rope
 from tinylm.cache import DenseCache
 from tinylm.generate.loop import Loop
+from tinylm.generate.runners import kernels
 from tinylm.generate.runners.graph import capture
 from tinylm.generate.runners.protocol import Unable
-from tinylm.ops import native
 
-DTYPES = (torch.bfloat16, torch.float16)
-PARTS = {
-    "norm": "rmsnorm", "norm_placement": "pre", "mlp": "swiglu", "positions": "rope", "attention": "gqa", "bias": False,
-}  # fmt: skip
 # What csrc/matvec.h can: rows of matrices behind a norm, and of the others; a head.
 MOST_NORMED, MOST_COLUMNS, MOST_HEAD_DIM = 8192, 16_384, 256
 STANDING_WORDS = 4 + (1 << 12) // 2  # of 8 bytes: `Standing`
-WEIGHTS = ("attention_norm", "attention.qkv", "attention.out", "mlp_norm", "mlp.gate_up", "mlp.down")  # of a block
 
 
 class MatVec:
@@ -41,19 +36,14 @@ class MatVec:
     def __init__(self, loop: Loop) -> None:
         if (why := unsupported(loop)) is not None:
             raise Unable(why)
-        try:
-            missing = native.cuda_missing()
-        except native.NativeError as error:
-            missing = str(error)
-        if missing is not None:
-            raise Unable(missing)
+        kernels.need_library()
         self._loop, model, config = loop, loop.model, loop.model.config
         assert isinstance(model.positions, Rope)
 
         def empty(*size: int, dtype: torch.dtype = model.dtype) -> Tensor:
             return torch.empty(size, dtype=dtype, device=model.device)
 
-        self._layers = [[block.get_parameter(f"{name}.weight") for name in WEIGHTS] for block in model.blocks]
+        self._layers = [[block.get_parameter(f"{name}.weight") for name in kernels.WEIGHTS] for block in model.blocks]
         self._norm, self._head = model.norm.get_parameter("weight"), model.head_weight[: loop.vocab_size]
         self._rope = model.positions.tables(model.device, model.dtype)
         self._x, self._hidden = empty(config.dim), empty(config.d_ff)
@@ -117,22 +107,10 @@ def splits(heads: int, kv_heads: int, multiprocessors: int) -> int:
 
 
 def unsupported(loop: Loop) -> str | None:
-    """Why not, in one line; None: it can."""
-    model, config, cache = loop.model, loop.model.config, loop.cache
-    for name, needed in PARTS.items():
-        if (value := getattr(config, name)) != needed:
-            return f"the model's {name} is {value!r}, and it knows {needed!r} alone"
-    if model.ops["linear"] != "torch":
-        return f"the model's linears are {model.ops['linear']!r}, and it knows 'torch' alone"
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if len(kinds) > 1 or model.dtype not in DTYPES:
-        return f"the weights are {', '.join(sorted(map(str, kinds)))}: it needs all in bf16 or all in fp16"
-    if not all(p.is_contiguous() and p.data_ptr() % 16 == 0 for p in model.parameters()):
-        return "a weight is not contiguous, or not aligned to 16 bytes"
-    if not isinstance(cache, DenseCache) or cache.dtype != model.dtype:
-        return "it needs a dense cache of the model's dtype"
-    if len(loop.ids) != 1:
-        return f"{len(loop.ids)} rows at once: it does one"
+    """Why the kernels are not for this loop, in one line; None if they are."""
+    if (why := kernels.unsupported(loop, ("rope",))) is not None:
+        return why
+    config = loop.model.config
     sizes = {
         "dim": (config.dim, MOST_NORMED), "d_ff": (config.d_ff, MOST_COLUMNS),
         "head_dim": (config.head_dim, MOST_HEAD_DIM),
