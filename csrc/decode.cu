@@ -14,14 +14,16 @@
 //
 // All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
 //
-// Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small at
-// 128, from a script on an H200 (not the suite), against what was expected:
+// Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small
+// at 128, from a script on an H200 (not the suite), against what was expected:
 //   all in the order of the phases: 75.5 / 84 / 109 and 213 us, not 40 / 50 / 60 and 150 (some 32 phases of 1.2 us). A timeline
-//     from clock64 in the kernel: the next input is there already when a warp is done with product (.8), prefetch (.5), poll (.6)
+//     from clock64 in the kernel: the next input is there already when a warp is done with product (.8), prefetch (.5) and
+//     poll (.6)
 //   one cluster of 16 blocks, exchange in distributed shared memory, weights streamed through a ring by bulk copies, tensor
 //     cores: 168 / 191 / 279 and 776, not 30 to 40: a chunk of 24 KB takes .7 to .85 us, which L2 delivers in .34 (1.16 TB/s to
 //     16 blocks of one cluster, 2.4 to 16 of none), attention 5 to 6; dropped
-//   this, everything that can be before the barrier: MEASURED, not 52 / 57 / 68 and 170
+//   this, everything that can be before the barrier: 62 / 70 / 93 and 174, not 50 / 55 / 62 and 160; without attention 48.5 at
+//     128, without the MLP 53, without both 39
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 

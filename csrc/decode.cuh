@@ -132,7 +132,8 @@ __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, 
 struct Static {
   Mine mine[kProducts][kWarps];
   int kv_head, split;  // of attention; no work: split -1
-  int group_parts, group_head[kWarps], group_part[kWarps];  // of a warp there: which query head of the group, with which part of the run
+  // Of a warp there: which query head of the group, with which part of the run.
+  int group_parts, group_head[kWarps], group_part[kWarps];
   float rope[2][kNoTurn + 1];  // of the position: cosines, and sines as they are for the first of a pair (negative)
   uint64_t keys[kWarps];
   float extremes[2][kWarps];

@@ -111,8 +111,9 @@ struct Attention {
     const int64_t row = row_of(layer, position);
 #pragma unroll 1
     for (int j = 2 * here.thread; j < all; j += 2 * kThreads) {
-      const int i = j - asked, of_head = i < width ? i : i - width;  // i < 0: of a query, i < width: of the key, else of the value
-      const int from = i < 0 ? kv_head * asked + j : (i < width ? s.heads + kv_head : s.heads + s.kv_heads + kv_head) * width + of_head;
+      // i < 0: of a query, i < width: of the key, else of the value.
+      const int i = j - asked, of_head = i < width ? i : i - width, head = s.heads + (i < width ? 0 : s.kv_heads) + kv_head;
+      const int from = i < 0 ? kv_head * asked + j : head * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
       const float2 two = take(here.watch, here.words + at + from);
       if (i < 0) {
@@ -133,7 +134,8 @@ struct Attention {
   };
   // U positions of each lane, from `base` on, those before `to`.
   template <int U>
-  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int base, int to, int shift, int old) const {
+  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int base, int to, int shift,
+                         int old) const {
     const bool mine = lanes.first < width;
     const int step = lanes.parts * lanes.slots;
     float score[U];
@@ -178,7 +180,8 @@ struct Attention {
       }
     }
   }
-  __device__ void attend(Weighted<8>& sum, const Lanes& lanes, const float (&q)[8], int from, int to, int shift, int old) const {
+  __device__ void attend(Weighted<8>& sum, const Lanes& lanes, const float (&q)[8], int from, int to, int shift,
+                         int old) const {
     const int step = lanes.parts * lanes.slots;
 #pragma unroll 1
     for (int base = from + lanes.part * lanes.slots; base < to;) {

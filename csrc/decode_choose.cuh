@@ -178,10 +178,11 @@ __device__ inline int choose(Here& here, int64_t place) {
   __syncthreads();
   if (here.warp == 0) {
     const uint64_t best = largest(f.keys[here.lane % kWarps]);
+    const float value = best == 0 ? -INFINITY : value_of(best);  // 0: the block has no row of the head
 #pragma unroll 1
     for (int copy = here.lane; copy < here.a.copies; copy += 32)
       put_words(here.words_of(copy) + at_best + 2 * here.block,
-                word(value_of(best), here.watch.tag), word(__int_as_float(index_of(best)), here.watch.tag));
+                word(value, here.watch.tag), word(__int_as_float(index_of(best)), here.watch.tag));
   }
   int chosen = 0;
   if (here.a.temperature == 0.0f) {

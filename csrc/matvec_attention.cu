@@ -7,6 +7,11 @@
 //
 // How long the runs are follows from the position, which is read from memory, so that one graph serves all lengths; blocks
 // without a run leave at once. Keys and values of earlier tokens are requested before the kernel that makes this token's ends.
+//
+// On an H200, 32 heads and 8 of keys, of 128 numbers in bf16, at 128 / 1,024 / 4,096 / 8,192 / 32,768 tokens, from a script:
+//   this:                                         5.5 / 7.1 / 11.0 / 15.4 / 42 us, the last .70 of the rate of reading
+//   with fences of all threads around the count:  5.9 / 7.2 / 11.3 / 15.6 / 40
+//   by tensor cores, 16 positions x 8 heads:      3.5 / 8.2 / 11.0 / 16.2 / 49, not 5 / 5.5 / 7.5 / 11 / 33; dropped
 #include "matvec.cuh"
 
 namespace tinylm {
