@@ -34,6 +34,18 @@ __device__ inline uint64_t largest(uint64_t key) {  // of a warp
 #endif
 }
 
+// What the lower lanes of a warp have, added up.
+__device__ inline int lower_lanes(int own) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int sum = own;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  return sum - own;
+}
+
 // Sampling, as tinylm.generate.sampling has it: argmax(p / noise) among the top k, noise of Exponential(1) that is a pure
 // function of the row's seed, the position and the token (SplitMix64). This is its logarithm.
 __device__ inline float log_noise(uint64_t state) {

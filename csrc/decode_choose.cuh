@@ -99,13 +99,7 @@ struct Sampler {
         int own = 0;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) own += bins[base + i];
-        int above = own;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const int other = __shfl_up_sync(~0u, above, offset);
-          if (here.lane >= offset) above += other;
-        }
-        above -= own;
+        int above = lower_lanes(own);
         if (above < need && need <= above + own) {
           int i = kEach - 1;
           while (i > 0 && above + bins[base + i] < need) above += bins[base + i--];

@@ -28,14 +28,8 @@ __device__ Found find(const int* bins, int rank, int (&totals)[kWarps], Found& f
   int own = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) own += bins[base + i];
-  int above = own;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(~0u, above, offset);
-    if (lane >= offset) above += other;
-  }
-  if (lane == 31) totals[warp] = above;
-  above -= own;
+  int above = lower_lanes(own);
+  if (lane == 31) totals[warp] = above + own;
   __syncthreads();
   for (int w = 0; w < warp; ++w) above += totals[w];
   if (above < rank && rank <= above + own) {
@@ -50,11 +44,12 @@ __device__ Found find(const int* bins, int rank, int (&totals)[kWarps], Found& f
 __device__ void embed(const void* table, int64_t id, void* x, int64_t columns) {
   const int64_t packs = columns / 8;
   const uint4* from = static_cast<const uint4*>(table) + id * packs;
+#pragma unroll 1
   for (int64_t c = threadIdx.x; c < packs; c += kThreads) static_cast<uint4*>(x)[c] = __ldg(from + c);
 }
 
 template <bool kDraw>
-__global__ void __launch_bounds__(kThreads) choose_token(const __grid_constant__ Choice a) {
+__global__ void __launch_bounds__(kThreads, 1) choose_token(const __grid_constant__ Choice a) {
   __shared__ __align__(16) int bins[kDraw ? kCounts : 1];
   __shared__ int totals[kWarps];
   __shared__ uint64_t keys[kWarps];
