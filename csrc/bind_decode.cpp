@@ -63,7 +63,7 @@ const void* checked(const Tensor& t, const char* name, ScalarType dtype, int32_t
 
 // `tokens` more tokens after ids[first_position], their keys and values into the cache. weights: embedding, head, last norm,
 // then of each layer attention_norm, qkv, out, mlp_norm, gate_up, down. rope: fp32 [2, context, head_dim], or empty.
-// exchange: int64, zeros at first, used with an epoch (and up to epoch + tokens) only once. status: int32 [4], see decode.h.
+// exchange: int64, zeros at first, used with an epoch (and up to epoch + tokens) only once. status: int32 [2], see decode.h.
 void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values, Tensor ids, Tensor position,
             Tensor stops, Tensor exchange, Tensor status, int64_t heads, int64_t vocab, int64_t first_position,
             int64_t tokens, int64_t epoch, double eps, double temperature, int64_t top_k, int64_t noise_start,
@@ -115,8 +115,8 @@ void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values
   a.stops = static_cast<const int64_t*>(numbers(stops, "stops", ScalarType::Long));
   a.exchange = static_cast<uint64_t*>(numbers(exchange, "exchange", ScalarType::Long));
   a.status = static_cast<int32_t*>(numbers(status, "status", ScalarType::Int));
-  STD_TORCH_CHECK(position.numel() == 1 && status.numel() == 4 && stops.numel() <= kMostStops,
-                  "decode: position has 1 number, status 4, stops at most ", kMostStops);
+  STD_TORCH_CHECK(position.numel() == 1 && status.numel() == 2 && stops.numel() <= kMostStops,
+                  "decode: position has 1 number, status 2, stops at most ", kMostStops);
   STD_TORCH_CHECK(tokens >= 0 && first_position >= 0 && first_position + tokens <= context &&
                       (a.rope == nullptr || first_position + tokens <= a.rope_context),
                   "decode: ", tokens, " tokens from position ", first_position, " pass the context");

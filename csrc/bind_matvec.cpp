@@ -166,7 +166,8 @@ void matvec_choose(Tensor logits, Tensor standing, double temperature, int64_t t
   a.logits = static_cast<const float*>(place(logits, "logits", {vocab}, ScalarType::Float));
   a.standing = standing_of(place, standing, vocab);
   a.undecided = reinterpret_cast<uint64_t*>(a.standing + 1);
-  a.ids = static_cast<int64_t*>(place(ids, "ids", {ids.size(0)}, ScalarType::Long));
+  a.room = ids.size(0);
+  a.ids = static_cast<int64_t*>(place(ids, "ids", {a.room}, ScalarType::Long));
   a.position = static_cast<int64_t*>(place(position, "position", {1}, ScalarType::Long));
   a.table = place(table, "table", {table.size(0), a.columns});
   a.x = place(x, "x", {a.columns});

@@ -320,7 +320,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     // After a stop its token again; after a failure no token at all.
     for (int i = done; i < a.tokens; ++i) a.ids[a.first_position + i + 1] = token;
     *a.position = a.first_position + a.tokens;
-    a.status[3] = done;
   }
 }
 

@@ -136,7 +136,7 @@ struct Static {
   int group_parts, group_head[kWarps], group_part[kWarps];
   float rope[2][kNoTurn + 1];  // of the position: cosines, and sines as they are for the first of a pair (negative)
   uint64_t keys[kWarps];
-  float extremes[2][kWarps];
+  float kth;
   int chosen, dead, count, bin, need;
 };
 

@@ -47,6 +47,7 @@ struct Plan {
   int tile;      // positions in each half of the ring of keys and values
   int ring;      // bytes: where its keys start, values after them
   int scratch;   // bytes: of attention
+  int bins;      // bytes: the sampler's histogram, then its candidates
   int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
   int shared;    // bytes in all
   int group;     // query heads of a key head
@@ -86,7 +87,7 @@ struct Decode {
   int64_t* position;    // set at the end
   const int64_t* stops;
   uint64_t* exchange;  // [copies, plan.words]
-  int32_t* status;     // [4]: what went wrong, where (layer, phase), 0; tokens that were decoded
+  int32_t* status;     // [2]: what went wrong, where (layer, phase)
   int64_t exchange_words;
   int64_t first_position;
   uint64_t noise_start, noise_stride;  // of SplitMix64

@@ -9,14 +9,6 @@
 
 namespace tinylm::decode {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // A sum of values weighted by 2^score, kept in units of 2^most.
 template <int N>
 struct Weighted {

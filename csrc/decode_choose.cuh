@@ -30,12 +30,9 @@ struct Sampler {
   __device__ explicit Sampler(Here& here)
       : here(here),
         cached(here.plan.logits >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.logits) : nullptr),
-        vocab(here.a.shape.vocab) {
-    const Shape& s = here.a.shape;
-    const int attention = s.heads / s.kv_heads * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4);
-    bins = reinterpret_cast<int*>(here.shared + here.plan.scratch) + (attention + 31) / 32 * 32;
-    candidates = reinterpret_cast<float*>(bins + kBins);
-  }
+        bins(reinterpret_cast<int*>(here.shared + here.plan.bins)),
+        candidates(reinterpret_cast<float*>(bins + kBins)),
+        vocab(here.a.shape.vocab) {}
 
   __device__ float logit(int i) const {
     if (cached != nullptr) return cached[i];
@@ -122,10 +119,10 @@ struct Sampler {
           const float v = candidates[i];
           int larger = 0, equal = 0;
           for (int j = 0; j < members; ++j) larger += candidates[j] > v, equal += candidates[j] == v;
-          if (larger < need && need <= larger + equal) f.extremes[0][0] = v;  // all that do have the same
+          if (larger < need && need <= larger + equal) f.kth = v;  // all that do have the same
         }
         __syncthreads();
-        return f.extremes[0][0];
+        return f.kth;
       }
       uint64_t most = 0, least = 0;
       for (int i = here.thread; i < vocab; i += kThreads) {

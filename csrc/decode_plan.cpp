@@ -60,6 +60,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   p.scratch = at;
   // Queries, newest key and value, and every warp's m, l, o.
   at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
+  p.bins = at;
   if (sampled) at += 4 * (kBins + kCandidates);
   const int room = shared - kOwnShared;
   p.logits = -1;
@@ -69,8 +70,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   }
   const int position = 2 * 2 * s.head_dim;  // bytes of a key and a value
   // Keys and values go first, but leave most of a small shared memory to weights.
-  const int least =
-      std::clamp(std::min(room / 4, room - at) / position / 16 * 16, kFewestPositions, 128);
+  const int least = std::clamp(std::min(room / 4, room - at) / position / 16 * 16, kFewestPositions, 128);
   if (at + least * position > room) return "it takes more shared memory than the card has";
   int left = room - at - least * position;
   for (Matrix& m : p.products) {

@@ -74,8 +74,31 @@ __device__ inline void store_half(T* to, float value) {
 
 __device__ inline int count_bin(unsigned ordered) { return static_cast<int>(ordered >> (32 - kCountBits)); }
 
+// Over L lanes, of V numbers of each: a lane gets the sums of max(1, V / L) of them, from the returned index on.
+template <int L, int V>
+__device__ int sum_scattered(float (&v)[V]) {
+  const int lane = threadIdx.x % 32;
+  int index = 0;
+#pragma unroll
+  for (int offset = L / 2, half = V / 2; offset > 0; offset /= 2, half /= 2) {
+    if (half > 0) {
+      const bool upper = lane & offset;
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) {
+        if (i >= half) continue;
+        const float give = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+        v[i] = keep + __shfl_xor_sync(~0u, give, offset);
+      }
+      index += upper ? half : 0;
+    } else {
+      v[0] += __shfl_xor_sync(~0u, v[0], offset);
+    }
+  }
+  return index;
+}
+
 // On the host: a launch that may overlap the end of the kernel before.
-inline const char* begin(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
+inline const char* launch_overlapping(const void* kernel, dim3 blocks, int threads, bool overlap, void** arguments, void* stream) {
   // A multiprocessor has one division into L1 and shared memory at a time, and a kernel that wants another one waits there
   // until the kernel before it has left. So all want the same: nothing here needs L1.
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);

@@ -1,9 +1,10 @@
-// What one token through a large model takes: plain pointers and sizes; no torch. The binding checks
-// everything before. Vectors are a token's, matrices [rows, columns] and contiguous; all in bf16 or fp16 but where it says
-// so, and aligned to 16 bytes.
+// What one token through a large model takes: plain pointers and sizes; no torch. The binding checks everything before.
+// Vectors are a token's, matrices [rows, columns] and contiguous; all in bf16 or fp16 but where it says so, and aligned to
+// 16 bytes.
 //
-// A kernel that `overlap`s starts while the one before it in the stream still ends, as far as weights and earlier tokens
-// go, which it may then fetch: the kernel before must write neither. Where the card cannot, it starts when that has ended.
+// A kernel that `overlap`s starts while those before it in the stream still end, as far as weights, earlier tokens and the
+// position go, which it may then fetch: no kernel back to the last one that did not overlap may write them. So a token's
+// first kernel does not: the one before it has moved the position. Where the card cannot, all start when others have ended.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,7 @@ struct Choice {
   int64_t *ids, *position;
   const void* table;
   void* x;
+  int64_t room;     // of ids: past it none is written
   int64_t columns;  // a multiple of 8
   uint64_t noise_start, noise_stride;  // see choice.cuh
   float by;         // 1 / temperature; 0: the likeliest

@@ -28,37 +28,8 @@ struct Call {
   float scale;        // of scores, as powers of two
 };
 
-__device__ inline float power(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // What shared memory holds is read again from here on: registers could not keep it.
 __device__ inline void forget() { asm volatile("" ::: "memory"); }
-
-// Over L lanes, of V numbers of each: a lane gets the sums of max(1, V / L) of them, from the returned index on.
-template <int L, int V>
-__device__ int sum_scattered(float (&v)[V]) {
-  const int lane = threadIdx.x % 32;
-  int index = 0;
-#pragma unroll
-  for (int offset = L / 2, half = V / 2; offset > 0; offset /= 2, half /= 2) {
-    if (half > 0) {
-      const bool upper = lane & offset;
-#pragma unroll
-      for (int i = 0; i < V / 2; ++i) {
-        if (i >= half) continue;
-        const float give = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
-        v[i] = keep + __shfl_xor_sync(~0u, give, offset);
-      }
-      index += upper ? half : 0;
-    } else {
-      v[0] += __shfl_xor_sync(~0u, v[0], offset);
-    }
-  }
-  return index;
-}
 
 // L lanes a team, G heads a block.
 template <typename T, int L, int G>
@@ -194,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
         if (begin + r * kTeams + team < stop) top[g] = fmaxf(top[g], scores[team][r * G + g]);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      const float shrink = power(best[g] - top[g]);
+      const float shrink = exp2_fast(best[g] - top[g]);
       best[g] = top[g], sum[g] *= shrink;
 #pragma unroll
       for (int i = 0; i < 8; ++i) o[g][i] *= shrink;
@@ -209,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
       stream16(v[r], has && at + kBatch < known, values + static_cast<int64_t>(at + kBatch) * d);
 #pragma unroll
       for (int g = 0; g < G; ++g) {
-        const float share = at < stop ? power(scores[team][r * G + g] - best[g]) : 0.0f;
+        const float share = at < stop ? exp2_fast(scores[team][r * G + g] - best[g]) : 0.0f;
         sum[g] += share;
 #pragma unroll
         for (int i = 0; i < 8; ++i) o[g][i] = fmaf(share, of_v[i], o[g][i]);
@@ -224,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       const float other = __shfl_xor_sync(~0u, best[g], offset), top = fmaxf(best[g], other);
-      const float own = power(best[g] - top), its = power(other - top);
+      const float own = exp2_fast(best[g] - top), its = exp2_fast(other - top);
       best[g] = top;
       sum[g] = sum[g] * own + __shfl_xor_sync(~0u, sum[g], offset) * its;
 #pragma unroll
@@ -257,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, highest[w][g]);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const float share = power(highest[w][g] - top);
+      const float share = exp2_fast(highest[w][g] - top);
       all = fmaf(share, total[w][g], all);
       add(y, share, sums[w][g][quad % 2][quad / 2]);
     }
@@ -290,11 +261,11 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
 #pragma unroll
-    for (int i = 0; i < kOf; ++i) all = fmaf(power(tops[i] - top), share[i], all);
+    for (int i = 0; i < kOf; ++i) all = fmaf(exp2_fast(tops[i] - top), share[i], all);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) all += __shfl_xor_sync(~0u, all, offset);
 #pragma unroll
-    for (int i = 0; i < kOf; ++i) weights[warp][i * 32 + lane] = power(tops[i] - top) / all;
+    for (int i = 0; i < kOf; ++i) weights[warp][i * 32 + lane] = exp2_fast(tops[i] - top) / all;
   }
   __syncthreads();
   if (!writes) return;
@@ -334,11 +305,11 @@ int blocks_of(int group) { return (group + kMostHeads - 1) / kMostHeads; }
 
 const char* one_query_cuda(const OneQuery& a, void* stream) {
   const int group = a.heads / a.kv_heads;
-  Call call{a, group, blocks_of(group), 1.4426950408889634f / sqrtf(static_cast<float>(a.head_dim))};
+  Call call{a, group, blocks_of(group), kLog2e / sqrtf(static_cast<float>(a.head_dim))};
   void* arguments[] = {&call};
   const void* kernel = a.bf16 ? kernel_for<__nv_bfloat16>(group, a.head_dim) : kernel_for<__half>(group, a.head_dim);
   const dim3 blocks(static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads * call.blocks));
-  return begin(kernel, blocks, kThreads, a.overlap, arguments, stream);
+  return launch_overlapping(kernel, blocks, kThreads, a.overlap, arguments, stream);
 }
 
 }  // namespace tinylm

@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(kThreads, 1) choose_token(const __grid_constan
     return largest(keys[lane % kWarps]);
   };
 
-  let_next_start();
   wait_for_earlier();
   uint64_t best = fresh(&standing.best);
   const int64_t place = fresh(a.position) + 1;
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1) choose_token(const __grid_constan
         const uint64_t key = draw_key(value_of(each), high, a.by, state, index_of(each));
         best = key > best ? key : best;
       }
-      __syncthreads();  // keys are read above
       best = block_largest(best);
+      __syncthreads();  // keys are read above, and written below
       for (int i = thread; i < kCounts; i += kThreads) standing.counts[i] = 0;
     }
     if (thread == 0) {
@@ -142,14 +141,13 @@ __global__ void __launch_bounds__(kThreads, 1) choose_token(const __grid_constan
   embed(a.table, chosen, a.x, a.columns);
   __syncthreads();  // all have read what the next token starts with
   if (thread == 0) {
-    a.ids[place] = chosen;
+    if (place >= 0 && place < a.room) a.ids[place] = chosen;
     *a.position = place;
     standing.best = 0;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) embed_token(const __grid_constant__ Embedding a) {
-  wait_for_earlier();
   embed(a.table, fresh(a.ids + fresh(a.position)), a.x, a.columns);
 }
 
@@ -159,16 +157,16 @@ const char* choice_cuda(const Choice& a, void* stream) {
   Choice call = a;
   void* arguments[] = {&call};
   if (a.by == 0.0f)
-    return begin(reinterpret_cast<const void*>(choose_token<false>), dim3(1), kThreads, a.overlap, arguments, stream);
+    return launch_overlapping(reinterpret_cast<const void*>(choose_token<false>), dim3(1), kThreads, a.overlap, arguments, stream);
   const int most = this_card().multiprocessors, blocks = (a.vocab + kThreads - 1) / kThreads;
-  return begin(reinterpret_cast<const void*>(choose_token<true>), dim3(blocks < most ? blocks : most), kThreads, a.overlap,
+  return launch_overlapping(reinterpret_cast<const void*>(choose_token<true>), dim3(blocks < most ? blocks : most), kThreads, a.overlap,
                arguments, stream);
 }
 
 const char* embedding_cuda(const Embedding& a, void* stream) {
   Embedding call = a;
   void* arguments[] = {&call};
-  return begin(reinterpret_cast<const void*>(embed_token), dim3(1), kThreads, false, arguments, stream);
+  return launch_overlapping(reinterpret_cast<const void*>(embed_token), dim3(1), kThreads, false, arguments, stream);
 }
 
 }  // namespace tinylm

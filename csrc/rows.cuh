@@ -1,4 +1,5 @@
-// What the kernels of RMSNorm share: 16-byte packs, exact rounding, sums whose order is fixed, asynchronous copies.
+// What kernels share: 16-byte packs, exact rounding, sums whose order is fixed, asynchronous copies; RMSNorm's alone, how
+// rows lie and are launched.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +13,14 @@
 #include "rmsnorm.h"
 
 namespace tinylm {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // 16 bytes of elements of T, which move at once.
 template <typename T>

@@ -18,6 +18,7 @@ from tinylm.generate.runners import RUNNERS, Compile, Graph
 from tinylm.model import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RARE = 1e-6  # a sound sampler fails a test at this level once in a million seeds; the seeds are fixed
 
 
 class Step:

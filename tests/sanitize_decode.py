@@ -36,6 +36,7 @@ MATVEC: list[tuple[dict[str, Any], int, Sampling]] = [
     ({"vocab_size": 333, "kv_heads": 1, "tied": False}, 5, TOP_K),
     ({"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344}, 40, ALL),
     ({"dim": 2056, "heads": 12, "kv_heads": 2, "head_dim": 128, "d_ff": 14_344}, 200, GREEDY),
+    ({"dim": 4104, "heads": 33, "kv_heads": 1, "head_dim": 128, "d_ff": 14_336, "layers": 1}, 20, TOP_K),
     ({"dim": 64, "heads": 4, "kv_heads": 2, "head_dim": 256, "d_ff": 64}, 1500, GREEDY),
 ]
 

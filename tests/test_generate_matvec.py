@@ -1,7 +1,6 @@
 """Runner `matvec`: for which models it is, its kernels against fp64, and on a GPU what it decodes.
 
-What holds for every runner in bf16 is in test_generate_reference.py. The kernels are also run by compute-sanitizer:
-`compute-sanitizer python -m pytest tests/test_generate_matvec.py`.
+What holds for every runner in bf16 is in test_generate_reference.py; sanitize_decode.py is for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from launched import DEVICE, chi_square, decoded, never_synchronizing, prompts_of
+from launched import DEVICE, RARE, chi_square, decoded, never_synchronizing, prompts_of
 from torch import Tensor
 
 from tinylm.attention import rotate
@@ -56,6 +55,7 @@ def loop_of(dtype: torch.dtype = torch.bfloat16, rows: int = 1, cache: str | Non
         ({"rows": 2}, "one row, 2 are given"),
         ({"dim": 60, "heads": 4, "kv_heads": 4, "head_dim": 16}, "dim is 60: it needs a multiple of 8, at most 8192"),
         ({"head_dim": 12}, "head_dim is 12"),
+        ({"heads": 66, "kv_heads": 1, "head_dim": 256}, "heads x head_dim is 16896: it needs a multiple of 8, at most"),
         ({"head_dim": 264}, "head_dim is 264: it needs a multiple of 8, at most 256"),
         ({"d_ff": 16_392}, "d_ff is 16392: it needs a multiple of 8, at most 16384"),
     ],
@@ -75,6 +75,12 @@ def test_what_it_is_not_for_is_told_in_one_line(more: dict[str, Any], words: str
 )
 def test_what_it_is_for(more: dict[str, Any]) -> None:
     assert unsupported(loop_of(**more)) is None
+
+
+def test_a_linear_of_another_kind_is_told() -> None:
+    loop = loop_of()
+    loop.model.ops = {**loop.model.ops, "linear": "other"}
+    assert "of linear 'torch', this one has 'other'" in str(unsupported(loop))
 
 
 def test_weights_that_it_cannot_read_are_told() -> None:
@@ -144,6 +150,14 @@ def columns_up_to(most: int) -> st.SearchStrategy[int]:
     return st.integers(1, 64).map(lambda n: 8 * n) | st.sampled_from(edges)
 
 
+@st.composite
+def sizes(draw: st.DrawFn, most: int) -> tuple[int, int]:
+    """(columns, outputs): few rows of any length, or more to a block than it has on their way and adds up at once."""
+    if draw(st.booleans()):
+        return draw(columns_up_to(most)), draw(st.integers(1, 700))
+    return draw(st.sampled_from([8, 264, 2056])), draw(st.integers(15_000, 15_100))
+
+
 def standing_of(logits: Tensor, count: bool) -> Tensor:
     """What `matvec_logits` finds out of logits (V,) fp32, in int64 words; see `Standing` in csrc/matvec.h."""
     bits = (logits + 0.0).view(torch.int32).long() & 0xFFFFFFFF
@@ -168,27 +182,24 @@ def rounding(columns: int) -> float:
 
 
 @on_gpu
-@given(st.data(), half, columns_up_to(matvec.MOST_COLUMNS), st.integers(1, 700), st.booleans())
-def test_a_product_that_is_added(
-    data: st.DataObject, dtype: torch.dtype, columns: int, outputs: int, overlap: bool
-) -> None:
+@given(half, sizes(matvec.MOST_COLUMNS), st.booleans(), st.integers(1, 4))
+def test_a_product_that_is_added(dtype: torch.dtype, size: tuple[int, int], overlap: bool, blocks: int) -> None:
+    columns, outputs = size
     x, weight = values(columns, seed=1, dtype=dtype), values(outputs, columns, seed=2, dtype=dtype)
     out = values(outputs, seed=3, dtype=dtype)
     expected = out.double() + weight.double() @ x.double()
-    torch.ops.tinylm.matvec_add(x, weight, out, overlap, data.draw(st.integers(1, 4)))
-    sizes = weight.double().abs() @ x.double().abs()
-    bound = rounding(columns) * sizes + (torch.finfo(dtype).eps / 2 + 2 * ULP) * expected.abs() + 2.0**-25
+    torch.ops.tinylm.matvec_add(x, weight, out, overlap, blocks)
+    terms = weight.double().abs() @ x.double().abs()
+    bound = rounding(columns) * terms + (torch.finfo(dtype).eps / 2 + 2 * ULP) * expected.abs() + 2.0**-25
     assert wrote_only(out) and ((out.double() - expected).abs() <= bound).all()
 
 
 @on_gpu
-@given(
-    st.data(), half, columns_up_to(matvec.MOST_NORMED), st.integers(1, 700), st.sampled_from(["half", "fp32", "swiglu"])
-)
+@given(half, sizes(matvec.MOST_NORMED), st.sampled_from(["half", "fp32", "swiglu"]), st.booleans(), st.integers(1, 4))
 def test_a_product_behind_a_norm(
-    data: st.DataObject, dtype: torch.dtype, columns: int, outputs: int, ending: str
+    dtype: torch.dtype, size: tuple[int, int], ending: str, overlap: bool, blocks: int
 ) -> None:
-    swiglu, how = ending == "swiglu", (data.draw(st.booleans()), data.draw(st.integers(1, 4)))
+    (columns, outputs), swiglu, how = size, ending == "swiglu", (overlap, blocks)
     x, norm = values(columns, seed=1, dtype=dtype), values(columns, seed=2, dtype=dtype)
     weight = values(outputs * (2 if swiglu else 1), columns, seed=3, dtype=dtype)
     weight /= columns**0.5  # so that SwiGLU is neither 0 nor linear
@@ -218,14 +229,14 @@ def test_a_product_behind_a_norm(
 @settings(max_examples=200)
 @given(
     st.data(), half, st.integers(1, 4), st.integers(1, 18), st.integers(1, 32).map(lambda n: 8 * n),
-    st.integers(1, 20), st.integers(0, 3),
+    st.integers(1, 20) | st.sampled_from([33, 128]), st.integers(0, 3),
 )  # fmt: skip
 def test_attention_at_any_length(
     data: st.DataObject, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, runs: int, spare: int
 ) -> None:
     """Every position a step can be at, borders of teams, turns and runs among them; twice, with the same bits."""
     turn = 4 * 256 // (8 if head_dim <= 64 else 16 if head_dim <= 128 else 32)  # positions of a block at once
-    border = st.integers(1, 3 * runs).map(lambda n: n * turn) | st.sampled_from([8, 16, 32])
+    border = st.integers(1, 3 * min(runs, 44)).map(lambda n: n * turn) | st.sampled_from([8, 16, 32])
     length = data.draw(st.integers(1, 80) | st.tuples(border, st.integers(-1, 1)).map(sum))
     assume(length >= 1)
     heads, capacity, position = kv_heads * group, length + spare, length - 1
@@ -335,7 +346,7 @@ def test_draws_have_the_distribution_of_the_eager_sampler() -> None:
     masked = torch.full((vocab,), -torch.inf, dtype=torch.float64)
     masked[kept] = logits[kept].double().cpu() / 0.8
     expected = masked.softmax(0)
-    assert int(counts.sum()) == int(counts[kept].sum()) and chi_square(counts[kept], expected[kept]) > 1e-3
+    assert int(counts.sum()) == int(counts[kept].sum()) and chi_square(counts[kept], expected[kept]) > RARE
 
 
 @on_gpu

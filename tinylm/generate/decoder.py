@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tinylm.attention import Rope
 from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError
 from tinylm.generate.loop import Loop
@@ -36,7 +37,7 @@ def prefill(
     """Puts prompts (B, T) int64, on any device, into an empty cache, `chunk` tokens at a time (None: at once).
 
     lengths: of each row, the longest being T; None: all have T. compiled: through torch.compile, which takes some
-    10 to 100 s once for each shape of prompt and cache. Returns the logits of each row's last token, (B, 1, V).
+    10 to 100 s once for each shape of prompt, chunk and cache. Returns the logits of each row's last token, (B, 1, V).
     Raises ConfigError, before anything is computed, for what is no prompt of the model, and for a cache of another
     model or device or without the room. A prompt on a GPU is waited for, to see that its ids are tokens.
     """
@@ -75,6 +76,8 @@ def _step(model: Transformer, batch: Batch, cache: Cache) -> Tensor:
 
 
 def _compiled_step(model: Transformer, batch: Batch, cache: Cache) -> Callable[..., Tensor]:
+    if isinstance(model.positions, Rope):
+        model.positions.tables(model.device, model.dtype)  # made while it is traced, they would have it traced again
     shape = (batch.tokens.shape, batch.span, batch.uniform, type(cache), cache.nbytes, cache.dtype)
     return _compile(_step, model.config, tuple(model.ops.items()), model.device, model.dtype, *shape)
 

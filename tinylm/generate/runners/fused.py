@@ -58,8 +58,8 @@ class Fused:
         # Words of {value, tag}: a tag is the number of a token, and no two tokens of this exchange have the same.
         self._exchange = torch.zeros(self.copies * words, dtype=torch.int64, device=device)
         self._epoch = 1
-        self._status = torch.zeros(4, dtype=torch.int32, device=device)
-        self._seen = torch.zeros(4, dtype=torch.int32, pin_memory=True)
+        self._status = torch.zeros(2, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(2, dtype=torch.int32, pin_memory=True)
         self.stops = len(loop.stop) <= MOST_STOPS
         self._stops = torch.tensor(sorted(loop.stop) if self.stops else [], dtype=torch.int64, device=device)
         noise = loop.noise
@@ -82,7 +82,7 @@ class Fused:
         self._raise()
 
     def _raise(self) -> None:
-        what, where, *_ = self._seen.tolist()
+        what, where = self._seen.tolist()
         if what:
             layer, wait = divmod(where, 16)
             late = f"waited in vain for the input of {WAITS[wait]} in layer {layer}"

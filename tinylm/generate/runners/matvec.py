@@ -70,7 +70,11 @@ class MatVec:
         torch.ops.tinylm.matvec_embed(loop.ids.view(-1), loop.position.view(-1), loop.model.embed.weight, self._x)
 
     def _step(self) -> None:
-        """`Loop.step` with a cache, of x. Each kernel but the first starts before the one before it has ended."""
+        """`Loop.step` with a cache, of x.
+
+        Each kernel starts before the one before it has ended, but for the first: attention reads the position, which
+        the last one moves, before it waits.
+        """
         loop, ops, x, eps = self._loop, torch.ops.tinylm, self._x, self._loop.model.config.norm_eps
         position, how, sampling = loop.position.view(-1), (True, self.blocks), loop.sampling
         assert isinstance(loop.cache, DenseCache)
@@ -84,11 +88,13 @@ class MatVec:
             ops.matvec_add(self._attended.view(-1), out, x, *how)
             ops.matvec_norm(x, mlp_norm, eps, gate_up, self._hidden, True, *how)
             ops.matvec_add(self._hidden, down, x, *how)
+        nucleus = sampling.temperature > 0 and (sampling.top_p or 1) < 1
         top_k = sampling.top_k or 0 if sampling.temperature and (sampling.top_k or 0) < loop.vocab_size else 0
-        ops.matvec_logits(x, self._norm, eps, self._head, self._logits, self._standing, top_k > 0, *how)
-        if sampling.temperature and (sampling.top_p or 1) < 1:
+        count = top_k > 0 and not nucleus
+        ops.matvec_logits(x, self._norm, eps, self._head, self._logits, self._standing, count, *how)
+        if nucleus:
             loop.take(self._logits.view(1, 1, -1))
-            self._standing[:STANDING_WORDS].zero_()
+            self._standing[:1].zero_()
             self._embed()
         else:
             ops.matvec_choose(
