@@ -364,7 +364,7 @@ def test_a_step_in_a_cuda_graph_obeys_set_lr(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------- two ranks
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -414,6 +414,7 @@ loss = two.loss(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=to
 loss.backward()
 assert all(p.grad.placements == p.placements for p in two.parameters())
 dist.destroy_process_group()
+os._exit(0)  # see tinylm.parallel.leave
 """
 
 

@@ -156,4 +156,4 @@ def _write(path: Path, rows: list[dict[str, Any]], configs: dict[str, TrainConfi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())
