@@ -13,7 +13,6 @@ from scipy import stats
 from torch import Tensor
 
 from tinylm.generate import Decoder
-from tinylm.generate.loop import Loop
 from tinylm.generate.runners import RUNNERS, Compile, Graph
 from tinylm.model import Transformer
 
@@ -34,7 +33,7 @@ class Uncaptured(Graph):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     @staticmethod
-    def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> Any:
+    def capture(device: torch.device, steps: Sequence[Callable[[], None]], rewind: Any = None) -> Any:
         return [Step(step) for step in steps]
 
 

@@ -44,8 +44,9 @@ class Compile:
                 raise
             except Exception as error:  # whatever stops a compiler is a reason to tell, and no reason to end
                 raise Unable(_told(error)) from None
-        if loop.model.device.type == "cuda":
-            self._step = capture(loop, [self._step])[0].replay
+        device = loop.model.device
+        if device.type == "cuda":
+            self._step = capture(device, [self._step], loop.rewind)[0].replay
 
     def advance(self, known: int, tokens: int) -> None:
         for _ in range(tokens):

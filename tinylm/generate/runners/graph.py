@@ -17,23 +17,26 @@ import torch
 from tinylm.generate.loop import Loop
 
 
-def capture(loop: Loop, steps: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
+def capture(
+    device: torch.device,
+    steps: Sequence[Callable[[], None]],
+    rewind: Callable[[], None] = lambda: None,  # goes before each step that warms up
+) -> list[torch.cuda.CUDAGraph]:
     """A graph of each step, the largest first, so that the smaller ones fit into the memory pool it leaves.
 
-    Sharing one pool is safe in any order of replay: no result lives in it, each goes to the loop's buffers or
-    to its cache.
+    Sharing one pool is safe in any order of replay as long as no result lives in it: a loop's go to its buffers
+    or to its cache.
     """
-    device = loop.model.device
     graphs = []
     with torch.cuda.device(device):
         stream, pool = _side_stream(device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Before, since a capture must meet nothing that is made at its first use (tables, plans,
-            # compiled kernels). From the prompt's end, which is within every span; what a pass writes is
-            # overwritten later.
+            # compiled kernels). A loop's steps go from the prompt's end, which is within every span; what a
+            # pass writes is overwritten later.
             for step in steps:
-                loop.rewind()
+                rewind()
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -56,7 +59,8 @@ class Graph:
     def __init__(self, loop: Loop) -> None:
         self._loop, exact = loop, loop.granularity == 1 and not loop.ragged
         steps = [functools.partial(loop.step, span, exact) for span in loop.spans]
-        self._graphs = dict(zip(loop.spans, self.capture(loop, steps), strict=True))
+        graphs = self.capture(loop.model.device, steps, loop.rewind)
+        self._graphs = dict(zip(loop.spans, graphs, strict=True))
 
     def advance(self, known: int, tokens: int) -> None:
         for length in range(known + 1, known + tokens + 1):
@@ -65,5 +69,5 @@ class Graph:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all decoders: cuBLAS keeps a workspace for each stream that it ever met.
+    # One for all that is captured: cuBLAS keeps a workspace for each stream that it ever met.
     return torch.cuda.Stream(device)

@@ -58,7 +58,7 @@ class MatVec:
         self._arrived = torch.zeros(config.heads, dtype=torch.int32, device=model.device)
         if loop.max_new:
             self._embed()
-            self._graph = capture(loop, [self._step])[0]
+            self._graph = capture(model.device, [self._step], loop.rewind)[0]
 
     def advance(self, known: int, tokens: int) -> None:
         self._embed()  # a step embeds what it chose; another one may have moved the loop since
