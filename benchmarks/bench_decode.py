@@ -1,10 +1,13 @@
 """Tokens per second: prefill of a prompt, and decode with a dense cache, per preset, batch size and runner.
 
-`prefill` is a prompt from the host to its first token on the host, so that its time is the time to first token.
+`prefill` is a prompt from the host to its first token on the host, so that its time is the time to first token; by
+`compile` it is one CUDA graph on a GPU.
 `decode` is the likeliest token each time, by every runner, and `sample` one drawn from the 200 likeliest; both end
 with the ids on the host, and their context is the mean over the tokens decoded. `hf` is transformers' Llama on the
 same weights.
 """
+
+import functools
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ import torch
 from benchmarks import inputs, peers
 from tinylm.bench import cells
 from tinylm.bench.proof import CheckFailed, against
-from tinylm.generate import RUNNERS, prefill
+from tinylm.cache import Batch
+from tinylm.generate import RUNNERS, CompiledPrefill, prefill
 
 PEERS = ["hf"]
 COMPILED = ["compile", *PEERS]
@@ -122,31 +126,44 @@ def test_compiled(measure, device, phase, preset, dtype, batch, context, impl):
 def filling(measure, device, net, batch, context, compiled):
     """Measures prefill, up to the first token on the host."""
 
-    def first_token(prompt, cache):
-        logits = prefill(net, prompt, cache, compiled=compiled)
+    @functools.cache
+    def ready():
+        """The cache, and what fills it. Not among the inputs, so that the proof gives the same one other prompts."""
+        cache = net.new_cache(batch=batch, context=context + 1)  # one more, for the check
+        if compiled:
+            return cache, CompiledPrefill(net, cache, batch, context).run
+        return cache, functools.partial(prefill, net, cache=cache)
+
+    def make():
+        ready()
+        return (inputs.tokens(net.config, batch, context, "cpu"),)
+
+    def first_token(prompt):
+        logits = ready()[1](prompt)
         return logits, logits.argmax(-1).cpu()
 
-    def reference(prompt, cache):
-        """Without a cache, row by row."""
+    def reference(prompt, token):
+        """Without a cache, row by row: the logits of the prompt's last token, and of the one after it."""
         with torch.inference_mode():
-            return torch.cat([net(row[None].to(device), last_only=True) for row in prompt])
+            rows = [row[None].to(device) for row in torch.cat((prompt, token), 1)]
+            ends = (context, context + 1)
+            return tuple(torch.cat([net(row[:, :end], last_only=True) for row in rows]) for end in ends)
 
     # As in inputs.decode_check, of whole logits: their deviation is their norm.
     near = against(reference, 4 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5)
 
-    def check(result, prompt, cache):
+    def check(result, prompt):
         logits, token = result
         if not torch.equal(token, logits.argmax(-1).cpu()):
             raise CheckFailed("the first token is not the likeliest by the logits")
-        return near(logits, prompt, cache)
+        with torch.inference_mode():  # what the cache holds is right if decoding goes on from it
+            after = net.step(Batch.at(token.to(device), context), ready()[0])
+        return near((logits, after), prompt, token)
 
     measure.extra_info["sdpa_backend"] = net.sdpa_backend(batch, context)
     measure(
         first_token,
-        inputs=lambda: (
-            inputs.tokens(net.config, batch, context, "cpu"),
-            net.new_cache(batch=batch, context=context),
-        ),
+        inputs=make,
         check=check,
         timing="host",
         tokens=batch * context,

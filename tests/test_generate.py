@@ -9,16 +9,13 @@ from hypothesis import strategies as st
 from launched import rows as rows
 from strategies import configs
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from tinylm.cache import Batch, Cache, DenseCache
+from tinylm.cache import Batch, Cache
 from tinylm.config import ConfigError, ModelConfig, preset
 from tinylm.generate import Decoder, Sampling, generate, prefill, runners
-from tinylm.generate import decoder as decoder_module
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners import graph as graph_module
 from tinylm.model import Transformer
-from tinylm.ops.compiling import compiler
 
 pytestmark = pytest.mark.usefixtures("rows")
 PATHS: list[dict[str, Any]] = [
@@ -113,33 +110,6 @@ def test_prefill_in_chunks_is_prefill_at_once() -> None:
     for chunk in (None, 1, 3, 7, 100):
         logits = prefill(model, tokens, model.new_cache(batch=2, context=7), chunk=chunk)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the first as far as the compiler proper
-@torch.no_grad()
-def test_compiled_prefill_is_prefill(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once a shape, whichever the model's weights; of rows of one length and of several."""
-    counter = CompileCounterWithBackend(backend)
-    monkeypatch.setattr(decoder_module, "_compile", compiler(counter))
-    models = [nano(layers=1).double() for _ in range(2)]
-    with torch.random.fork_rng():
-        for parameter in models[1].parameters():
-            parameter.normal_()
-    tokens = prompt(2, 7)
-    cases: list[tuple[list[int] | None, int | None]] = [(None, None), (None, 3), ([7, 4], None)]
-    for lengths, chunk in cases[:1] if backend == "inductor" else cases:
-        for model in (*models, *models):
-            caches = [model.new_cache(batch=2, context=9) for _ in range(2)]
-            logits, expected = (
-                prefill(model, tokens, cache, lengths=lengths, chunk=chunk, compiled=how)
-                for cache, how in zip(caches, (True, False), strict=True)
-            )
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
-            assert isinstance(caches[0], DenseCache) and isinstance(caches[1], DenseCache)
-            for name, stream in caches[0].streams.items():
-                torch.testing.assert_close(stream, caches[1].streams[name], rtol=0, atol=1e-9)
-    assert counter.frame_count == (1 if backend == "inductor" else 1 + 3 + 1), "once, three chunks, once"
 
 
 # What each path does

@@ -7,91 +7,19 @@ the lengths of the rows where there is one. So every row has the positions, and 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from tinylm.attention import Rope
-from tinylm.cache import Batch, Cache
+from tinylm.cache import Cache
 from tinylm.config import ConfigError
+from tinylm.generate.filling import evaluating, fill
 from tinylm.generate.loop import Loop
 from tinylm.generate.prompts import check_prompts, check_room
 from tinylm.generate.runners import choose, start
 from tinylm.generate.sampling import Sampling
 from tinylm.model import Transformer
-from tinylm.ops.compiling import compiler
-
-
-@torch.inference_mode()
-def prefill(
-    model: Transformer,
-    tokens: Tensor,
-    cache: Cache,
-    *,
-    lengths: Sequence[int] | None = None,
-    chunk: int | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """Puts prompts (B, T) int64, on any device, into an empty cache, `chunk` tokens at a time (None: at once).
-
-    lengths: of each row, the longest being T; None: all have T. compiled: through torch.compile, which takes some
-    10 to 100 s once for each shape of prompt, chunk and cache. Returns the logits of each row's last token, (B, 1, V).
-    Raises ConfigError, before anything is computed, for what is no prompt of the model, and for a cache of another
-    model or device or without the room. A prompt on a GPU is waited for, to see that its ids are tokens.
-    """
-    check_prompts(model, tokens, lengths)
-    model.check_cache(cache)
-    cache.check_room(*tokens.shape)  # of all of it: a later part would find out when the first ones are written
-    return _fill(model, tokens.to(model.device), cache, lengths, chunk, compiled)
-
-
-def _fill(
-    model: Transformer,
-    tokens: Tensor,
-    cache: Cache,
-    lengths: Sequence[int] | None,
-    chunk: int | None,
-    compiled: bool = False,
-) -> Tensor:
-    """`prefill` of prompts that were checked, on the model's device."""
-    if chunk is not None and chunk < 1:
-        raise ConfigError(f"chunk is {chunk}: expected at least 1 token")
-    width = tokens.shape[1]
-    logits = torch.empty(0)
-    with _evaluating(model):
-        for start in range(0, width, chunk or width):
-            stop = min(start + (chunk or width), width)
-            if lengths is None:
-                batch = Batch.at(tokens[:, start:stop], start)
-            else:
-                batch = _ragged_part(tokens, lengths, start, stop)
-            logits = (_compiled_step(model, batch, cache) if compiled else _step)(model, batch, cache)
-    return logits
-
-
-def _step(model: Transformer, batch: Batch, cache: Cache) -> Tensor:
-    return model.step(batch, cache)
-
-
-def _compiled_step(model: Transformer, batch: Batch, cache: Cache) -> Callable[..., Tensor]:
-    if isinstance(model.positions, Rope):
-        model.positions.tables(model.device, model.dtype)  # made while it is traced, they would have it traced again
-    shape = (batch.tokens.shape, batch.span, batch.uniform, type(cache), cache.nbytes, cache.dtype)
-    return _compile(_step, model.config, tuple(model.ops.items()), model.device, model.dtype, *shape)
-
-
-_compile = compiler("inductor")
-
-
-def _ragged_part(tokens: Tensor, lengths: Sequence[int], start: int, stop: int) -> Batch:
-    """Tokens start..stop of each row. One that ended before gives its last token again, to the same place: so
-    the last part has the last token of every row."""
-    starts = [min(start, length - 1) for length in lengths]
-    counts = [min(stop - start, length - first) for first, length in zip(starts, lengths, strict=True)]
-    places = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(stop - start, device=tokens.device)
-    return Batch.ragged(tokens.gather(1, places), starts, counts)
 
 
 def generate(
@@ -174,11 +102,11 @@ class Decoder:
             stop=stop,
         )
         self._places = torch.arange(max_new + 1, device=model.device)
-        with _evaluating(model):
+        with evaluating(model):
             if loop.cache is None:
                 logits = model(tokens, last_index=loop.first[:, 0] - 1)
             else:
-                logits = _fill(model, tokens, loop.cache, self.lengths if loop.ragged else None, chunk)
+                logits = fill(model, tokens, loop.cache, self.lengths if loop.ragged else None, chunk)
             loop.begin(logits)
             self.runner, self._runner = start(runner, loop)
         self.rewind()
@@ -217,7 +145,7 @@ class Decoder:
         done = self._done
         if not 0 <= tokens <= self.max_new - done:
             raise ConfigError(f"run({tokens}) after {done} of max_new={self.max_new} tokens: give fewer, or rewind")
-        with _evaluating(self.model):
+        with evaluating(self.model):
             self._runner.advance(self.prompt_tokens + done, tokens)
         self._done += tokens
         with torch.inference_mode(False):
@@ -228,16 +156,3 @@ class Decoder:
         """Back to the state right after prefill: the next run does the same work with the same result."""
         self._done = 0  # tokens since `first`
         self.loop.rewind()
-
-
-@contextlib.contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
-    """Without dropout, then as it was."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
