@@ -59,7 +59,8 @@ class CompiledPrefill:
         self.model, self.cache = model, cache
         self._tokens = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)  # what the pass reads
         _check(model, self._tokens, cache)
-        step = functools.partial(_compiled_step(model, self._tokens, cache), model, Batch.at(self._tokens, 0), cache)
+        self._batch = Batch.at(self._tokens, 0)  # a graph reads its tensors where they are, and keeps none of them
+        step = functools.partial(_compiled_step(model, self._tokens, cache), model, self._batch, cache)
         with evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler warns of what torch itself does
             step()  # compiles
