@@ -9,9 +9,13 @@
 // without a run leave at once. Keys and values of earlier tokens are requested before the kernel that makes this token's ends.
 //
 // On an H200, 32 heads and 8 of keys, of 128 numbers in bf16, at 128 / 1,024 / 4,096 / 8,192 / 32,768 tokens, from a script:
-//   this:                                         5.5 / 7.1 / 11.0 / 15.4 / 42 us, the last .70 of the rate of reading
+//   this:                                         5.3 / 7.1 / 10.7 / 15.0 / 39 us, the last .75 of the rate of reading
 //   with fences of all threads around the count:  5.9 / 7.2 / 11.3 / 15.6 / 40
 //   by tensor cores, 16 positions x 8 heads:      3.5 / 8.2 / 11.0 / 16.2 / 49, not 5 / 5.5 / 7.5 / 11 / 33; dropped
+// And of a token of an 8B model at 1,024: the blocks that have a run side by side, so that each has a multiprocessor, and the
+// runs' sums asked for before their weights are known: 3,661 us instead of 3,685 on one card, not 3,630. To fetch the next
+// kernel's matrix into L2 meanwhile makes it slower: 8 / 17 / 25 / 33 MB of 34: 3,753 / 3,783 / 3,819 / 3,845 us instead of
+// 3,733 on another card; dropped.
 #include "matvec.cuh"
 
 namespace tinylm {
@@ -43,8 +47,8 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
   __shared__ bool last;
   const OneQuery& a = call.a;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, c = lane % L, team = thread / L;
-  const int d = a.head_dim, half = d / 2, packs = d / 8, split = blockIdx.x;
-  const int kv = blockIdx.y / call.blocks, part = blockIdx.y % call.blocks;
+  const int d = a.head_dim, half = d / 2, packs = d / 8, split = blockIdx.y;
+  const int kv = blockIdx.x / call.blocks, part = blockIdx.x % call.blocks;
   const int first = kv * call.group + part * G, heads = min(G, call.group - part * G);
   const bool has = c < packs;
 
@@ -243,21 +247,32 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
   if (runs == 1) return;
   __syncthreads();
   if (thread == 0) {
-    last = arrive(a.arrived + blockIdx.y) == runs - 1;
-    if (last) a.arrived[blockIdx.y] = 0;
+    last = arrive(a.arrived + blockIdx.x) == runs - 1;
+    if (last) a.arrived[blockIdx.x] = 0;
   }
   __syncthreads();
   if (!last) return;
+  // The first runs' sums are on their way while what they are worth is found out.
+  constexpr int kOnce = 16;
+  uint4 parts[kOnce] = {};
+  const float* from = a.partials + static_cast<int64_t>(head) * a.splits * d + quad * 4;
+  auto ask = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < kOnce; ++i) fresh16(parts[i], writes && begin + i < runs, from + static_cast<int64_t>(begin + i) * d);
+  };
+  ask(0);
   if (warp < heads) {
     constexpr int kOf = kMostSplits / 32;  // runs of a lane
-    const float* from = extents + 2 * static_cast<int64_t>(first + warp) * a.splits;
+    const float* extent = extents + 2 * static_cast<int64_t>(first + warp) * a.splits;
     float tops[kOf], share[kOf], top = kLowest, all = 0.0f;
 #pragma unroll
     for (int i = 0; i < kOf; ++i) {
-      tops[i] = i * 32 + lane < runs ? fresh(from + 2 * (i * 32 + lane)) : kLowest;
-      share[i] = i * 32 + lane < runs ? fresh(from + 2 * (i * 32 + lane) + 1) : 0.0f;
-      top = fmaxf(top, tops[i]);
+      const bool is = i * 32 + lane < runs;
+      tops[i] = is ? fresh(extent + 2 * (i * 32 + lane)) : kLowest;
+      share[i] = is ? fresh(extent + 2 * (i * 32 + lane) + 1) : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < kOf; ++i) top = fmaxf(top, tops[i]);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
 #pragma unroll
@@ -270,12 +285,8 @@ __global__ void __launch_bounds__(kThreads, 2) one_query(const __grid_constant__
   __syncthreads();
   if (!writes) return;
   float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  const float* from = a.partials + static_cast<int64_t>(head) * a.splits * d + quad * 4;
-  constexpr int kOnce = 8;
   for (int begin = 0; begin < runs; begin += kOnce) {
-    uint4 parts[kOnce] = {};
-#pragma unroll
-    for (int i = 0; i < kOnce; ++i) fresh16(parts[i], begin + i < runs, from + static_cast<int64_t>(begin + i) * d);
+    if (begin > 0) ask(begin);
 #pragma unroll
     for (int i = 0; i < kOnce; ++i)
       add(y, begin + i < runs ? weights[g][begin + i] : 0.0f,
@@ -308,7 +319,8 @@ const char* one_query_cuda(const OneQuery& a, void* stream) {
   Call call{a, group, blocks_of(group), kLog2e / sqrtf(static_cast<float>(a.head_dim))};
   void* arguments[] = {&call};
   const void* kernel = a.bf16 ? kernel_for<__nv_bfloat16>(group, a.head_dim) : kernel_for<__half>(group, a.head_dim);
-  const dim3 blocks(static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads * call.blocks));
+  // Those with a run come first and have a multiprocessor each, as long as there are enough.
+  const dim3 blocks(static_cast<unsigned>(a.kv_heads * call.blocks), static_cast<unsigned>(a.splits));
   return launch_overlapping(kernel, blocks, kThreads, a.overlap, arguments, stream);
 }
 
