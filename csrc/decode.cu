@@ -11,19 +11,28 @@
 // So a phase is: poll, one barrier of the block, products, a warp's sum, a store. A trip through L2 takes .7 us, a dependent
 // instruction 2.5 ns, a read of shared memory or a shuffle 15: so what does not depend on the input stands before the barrier,
 // where it costs nothing, and behind it are some 150 instructions. The first warps fetch the input, the last ones multiply.
+// Each product has a code of its own, because what a warp does between its store and the next barrier must take less than a
+// trip.
 //
 // All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
 //
 // Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small
-// at 128, from a script on an H200 (not the suite), against what was expected:
+// at 128, from a script on H200s (not the suite), against what was expected:
 //   all in the order of the phases: 75.5 / 84 / 109 and 213 us, not 40 / 50 / 60 and 150 (some 32 phases of 1.2 us). A timeline
 //     from clock64 in the kernel: the next input is there already when a warp is done with product (.8), prefetch (.5) and
 //     poll (.6)
 //   one cluster of 16 blocks, exchange in distributed shared memory, weights streamed through a ring by bulk copies, tensor
 //     cores: 168 / 191 / 279 and 776, not 30 to 40: a chunk of 24 KB takes .7 to .85 us, which L2 delivers in .34 (1.16 TB/s to
 //     16 blocks of one cluster, 2.4 to 16 of none), attention 5 to 6; dropped
-//   this, everything that can be before the barrier: 62 / 70 / 93 and 174, not 50 / 55 / 62 and 160; without attention 48.5 at
-//     128, without the MLP 53, without both 39
+//   everything that can be before the barrier: 62 / 71 / 94 and 178, not 50 / 55 / 62 and 160. Nsight Compute: 10,700
+//     instructions of a warp for a token, 7.7 cycles each; few waits for instructions (4%). A timeline: those who multiply come
+//     last to the barrier, 1.1 us after their stores
+//   a code for each product, so that which one it is and its sizes are no questions (8,650 instructions): 54 / 65 / 97 and 184,
+//     not 53; and now those who fetch come last
+//   this, which polls when it has nothing else left to do, not before: 47 / 58 / 88 and 162, not 52. Trips in vain come back a
+//     whole trip later, and are in the way of others:
+//   two trips under way at once: 55 / 65 / 100 and 190, three: 58 / 70 / 104 and 192, not 45; dropped
+//   a warp that remembers when its input came, and asks no sooner: 53 to 79, not 45: who is late makes all late; dropped
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 
@@ -37,209 +46,198 @@ struct Step {
   const Attention<T> attention;
   float2 x = {};  // of the residual stream: numbers 2 * thread and the next
   unsigned weight = 0;  // of the next norm, beside x
-  float rope = 1.0f;    // a number of the next position's row, of thread < head_dim
   const bool owns;
-  int turn = 0;  // which of the two buffers is filled next: one barrier between filling and reading is enough then
 
   __device__ Step(Here& here, const Splits& splits)
       : here(here), a(here.a), plan(here.plan), attention(here, splits), owns(2 * here.thread < a.shape.dim) {}
 
-  __device__ const void* weights(int layer, int product) const {
-    return product == kHead ? a.head : a.layers[layer].products[product];
+  template <int P>
+  __device__ const void* weights(int layer) const {
+    if constexpr (P == kHead) return a.head;
+    else return a.layers[layer].products[P];
   }
-  __device__ int rows(int product) const { return product == kHead ? a.shape.vocab : INT_MAX; }
-  __device__ void ask(int layer, int product, const Mine& mine) const {
-    prefetch<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
+  template <int P>
+  __device__ void ask(int layer) const {
+    prefetch<T, P>(plan.products[P], here.fixed.mine[P][here.warp], weights<P>(layer), a.shape.vocab, here);
   }
   // In the order in which they are used.
   __device__ void ask_all(int position) const {
-#pragma unroll 1
-    for (int product = 0; product < kProducts; ++product) {
-      ask(0, product, here.fixed.mine[product][here.warp]);
-      if (product == kOut) attention.prefetch(0, position);
-    }
+    ask<kQkv>(0);
+    ask<kOut>(0);
+    attention.prefetch(0, position);
+    ask<kGateUp>(0);
+    ask<kDown>(0);
+    ask<kHead>(0);
   }
 
   // This thread's two numbers of a vector, as they lie there: to widen them would be to wait for them.
   __device__ unsigned two_of(const void* vector) const {
     return owns ? __ldg(static_cast<const unsigned*>(vector) + here.thread) : 0;
   }
-  // What the token at `position` needs beside its embedding.
-  __device__ void ask_first(int position) {
-    const int width = a.shape.head_dim, half = width / 2, row = here.thread < half ? 0 : 1;
-    if (a.rope != nullptr && here.thread < width && position < a.rope_context)
-      rope = __ldg(a.rope + (row * a.rope_context + position) * width + here.thread - row * half);
-    weight = two_of(a.layers[0].attention_norm);
-  }
-
   // Where the result of a unit goes: lanes 0 to 15 have what becomes of its first row, the others what becomes of the second
   // one, if there is one, and one lane each of them writes one copy.
-  __device__ uint64_t* to(int product, int words, int at) const {
-    const int lane = here.lane, half = product == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0;
-    return here.words_of(lane % 16) + words + at + half;
+  template <int P>
+  __device__ uint64_t* to(int at) const {
+    const int lane = here.lane, half = P == kQkv && lane >= 16 ? a.shape.head_dim / 2 : 0;
+    return here.words_of(lane % 16) + at + half;
   }
 
-  // All of a warp's units, the first one to `to`, with what stands from `act` + `from` on. Those of a product behind a norm
-  // lack a factor, whose squares are summed up beside.
-  __device__ void multiply(int product, int words, const Mine& mine, Rows& first, int layer, const float* act, int from,
-                           uint64_t* to_first) const {
+  // All of a warp's units, N passes each, with what stands from `act` on, once `fill` has put it there. Those of a product
+  // behind a norm lack a factor, whose squares are summed up beside.
+  template <int P, int N, typename Fill>
+  __device__ __forceinline__ void multiply(int layer, const Mine& mine, int count, const float* act,
+                                           const Fill& fill) const {
+    const Matrix& m = plan.products[P];
     const int lane = here.lane;
-    const bool normed = product != kOut && product != kDown;
-    const bool puts = (product == kQkv ? lane % 16 : lane) < a.copies;
-    uint64_t* goes_to = to_first;
+    const bool puts = (P == kQkv ? lane % 16 : lane) < a.copies;
+    Rows<kRows<P>, N> rows;
+    rows.template load<T, P>(m, mine, 0, mine.row, weights<P>(layer), a.shape.vocab, here);
+    uint64_t* goes_to = pinned(to<P>(layer * plan.layer + mine.at));
+    fill();
     int unit = mine.first, pair = mine.pair;
     float factor = 1.0f;
     uint64_t best = 0;
 #pragma unroll 1
     for (int k = 0;;) {
       float sum[2];
-      first.times<T>(mine.passes, mine.rows, reinterpret_cast<const float4*>(act + from), sum);
+      rows.template times<T>(reinterpret_cast<const float4*>(act), sum);
       float cos = 1.0f, sin = 0.0f;
-      if (product == kQkv) {
+      if constexpr (P == kQkv) {
         cos = static_cast<const volatile float&>(here.fixed.rope[0][pair]);
         sin = static_cast<const volatile float&>(here.fixed.rope[1][pair]);  // -sin turns the first
       }
-      float4 squares[2] = {};
-      if (normed && k == 0) {
-        const float* own = here.act(turn ^ 1) + plan.act + 4 * lane;
-        squares[0] = read_now(own);
-        if (plan.squares > 128) squares[1] = read_now(own + 128);
+      float value = sum[0];
+      if constexpr (kNormed<P>) {
+        float4 squares[2] = {};
+        if (k == 0) {
+          const float* squared = act + plan.act;  // rows behind a norm are not shared: each starts at its beginning
+          squares[0] = read_now(squared);
+          if (plan.squares > 128) squares[1] = read_now(squared + 128);
 #pragma unroll 1
-        for (int i = 256; i < plan.squares; i += 128) {
-          const float4 more = read_now(own + i);
-          squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
+          for (int i = 256; i < plan.squares; i += 128) {
+            const float4 more = read_now(squared + i);
+            squares[0].x += more.x, squares[0].y += more.y, squares[0].z += more.z, squares[0].w += more.w;
+          }
         }
-      }
-      float value = lane < 16 ? sum[0] : sum[1], other = lane < 16 ? sum[1] : sum[0];
-      value += __shfl_xor_sync(~0u, other, 16);
-      if (normed && k == 0) {
-        float square = ((squares[0].x + squares[0].y) + (squares[0].z + squares[0].w)) +
-                       ((squares[1].x + squares[1].y) + (squares[1].z + squares[1].w));
-        square += __shfl_xor_sync(~0u, square, 16);
+        value = lane < 16 ? sum[0] : sum[1];
+        float other = lane < 16 ? sum[1] : sum[0];
+        value += __shfl_xor_sync(~0u, other, 16);
+        if (k == 0) {
+          float square = ((squares[0].x + squares[0].y) + (squares[0].z + squares[0].w)) +
+                         ((squares[1].x + squares[1].y) + (squares[1].z + squares[1].w));
+          square += __shfl_xor_sync(~0u, square, 16);
 #pragma unroll
-        for (int offset = 8; offset > 0; offset /= 2) {
-          value += __shfl_xor_sync(~0u, value, offset);
-          square += __shfl_xor_sync(~0u, square, offset);
-        }
-        factor = rsqrtf(fmaf(square, a.inverse_dim, a.eps));
-      } else {
-#pragma unroll
-        for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-      }
-      if (!normed) {
-        if (puts) put_word(goes_to, word(value, here.watch.tag));
-      } else {
-        value *= factor;
-        other = __shfl_xor_sync(~0u, value, 16);
-        if (product == kGateUp) {
-          value = __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other;
-          if (puts) put_word(goes_to, word(value, here.watch.tag));
-        } else if (product == kQkv) {
-          value = fmaf(value, cos, lane < 16 ? other * sin : -other * sin);
-          if (puts) put_word(goes_to, word(value, here.watch.tag));
+          for (int offset = 8; offset > 0; offset /= 2) {
+            value += __shfl_xor_sync(~0u, value, offset);
+            square += __shfl_xor_sync(~0u, square, offset);
+          }
+          factor = rsqrtf(fmaf(square, a.inverse_dim, a.eps));
         } else {
+#pragma unroll
+          for (int offset = 8; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+        }
+        value *= factor;
+        if constexpr (P == kHead) {
           const int token = 2 * unit + (lane < 16 ? 0 : 1);
           const uint64_t key = token < a.shape.vocab ? rank_key(value, token) : 0;
           best = key > best ? key : best;
           if (a.temperature > 0.0f && lane % 16 == 0)
             put_word(a.exchange + plan.at_logits + token, word(value, here.watch.tag));
+        } else {
+          other = __shfl_xor_sync(~0u, value, 16);
+          value = P == kQkv ? fmaf(value, cos, lane < 16 ? other * sin : -other * sin)
+                            : __fdividef(value, 1.0f + exp2_fast(-kLog2e * value)) * other;
         }
+      } else {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
       }
-      if (++k >= mine.count) break;
-      const int again = pinned(product);  // nothing of what follows is to be computed before the first unit
-      const Matrix& m = plan.products[again];
-      unit += m.stride;
+      if (P != kHead && puts) put_word(goes_to, word(value, here.watch.tag));
+      if (++k >= count) break;
+      unit = pinned(unit) + m.stride;  // nothing of what follows is to be computed before the first unit
       const int run = run_of(m, unit);
       goes_to += m.stride;
-      if (again == kQkv) {
-        goes_to = to(kQkv, words, plan.at[kQkv] + unit + run * m.run);
+      if constexpr (P == kQkv) {
+        goes_to = to<P>(layer * plan.layer + plan.at[P] + unit + run * m.run);
         pair = run < a.shape.heads + a.shape.kv_heads ? unit - run * m.run : kNoTurn;
       }
-      first.load<T>(m, mine, k, unit + run * m.skip, weights(layer, again), rows(again), here);
+      rows.template load<T, P>(m, here.fixed.mine[P][here.warp], k, unit + run * m.skip, weights<P>(layer),
+                                pinned(a.shape.vocab), here);
     }
-    if (product == kHead) here.fixed.keys[here.warp] = largest(best);
+    if constexpr (P == kHead) here.fixed.keys[here.warp] = largest(best);
   }
 
-  // The token after `token`, which stands at `position`; -1 if a block gave up. `fresh`: all is asked for that can be.
-  __device__ int run(int token, int position, bool fresh, const Splits& splits) {
-    const int layers = a.shape.layers, width = a.shape.heads * a.shape.head_dim, thread = here.thread;
-    const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
-    if (a.rope != nullptr && thread < a.shape.head_dim) {
-      const int half = a.shape.head_dim / 2, row = thread < half ? 0 : 1;
-      here.fixed.rope[row][thread - row * half] = rope;
+  // A product, from its input on: polled for, added up or attended to, multiplied, put. Two buffers of input in turn: one
+  // barrier between filling and reading is enough then, and after the head there are those of the choice.
+  template <int P>
+  __device__ __forceinline__ void phase(int layer, int position, const Splits& splits) {
+    const Matrix& m = plan.products[P];
+    // What follows from the thread alone the compiler would compute once for all layers, and keep.
+    here.thread = pinned(here.thread), here.lane = here.thread % 32;
+    const int words = layer * plan.layer, thread = here.thread, layers = a.shape.layers;
+    const bool left = P == kHead ? a.leave & kLeaveHead : P >= kGateUp && a.leave & kLeaveMlp;
+    float* const act = here.act(P % 2);
+    // This thread's input: pairs from + k * step, k < n.
+    constexpr int kFew = 2;
+    Pairs<kFew> got;
+    const uint64_t* from = here.words() + words + 2 * thread;
+    int step = 2 * kThreads, n;
+    here.watch.where = layer * 16 + P;
+    if constexpr (P == kOut) {
+      weight = two_of(a.layers[layer].mlp_norm);
+      from += (a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention;
+      n = 2 * thread < m.width ? 1 : 0;
+    } else if constexpr (P == kDown) {
+      weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
+      from += plan.at[kGateUp];
+      n = left ? 0 : (a.shape.d_ff / 2 - thread + kThreads - 1) / kThreads;
+    } else {
+      constexpr bool kAttended = P == kGateUp;  // else it is the MLP's result that x lacks
+      from += kAttended ? plan.at[kOut] : plan.at[kDown] - plan.layer;
+      step = a.shape.dim;
+      n = plan.products[kAttended ? kOut : kDown].parts;
+      if (!owns || (!kAttended && (layer == 0 || a.leave & kLeaveMlp))) n = 0;
     }
-    x = widen2(embedded, T());
-    if (thread < kWarps) here.fixed.keys[thread] = 0;
-    const int end = position / splits.span + 1;  // runs of positions that are begun
-#pragma unroll 1
-    for (int layer = 0, product = kQkv; layer <= layers;) {
-      const int words = layer * plan.layer;
-      const bool left = product == kHead ? a.leave & kLeaveHead : product >= kGateUp && a.leave & kLeaveMlp;
-      float* act = here.act(turn);
-      turn ^= 1;
-      // This thread's input: pairs from + k * step, k < n.
-      constexpr int kFew = 2;
-      Pairs<kFew> got;
-      const uint64_t* from = here.words + words + 2 * thread;
-      int step = 2 * kThreads, n;
-      here.watch.where = layer * 16 + product;
-      if (product == kOut) {
-        weight = two_of(a.layers[layer].mlp_norm);
-        from += (a.leave & kLeaveAttention) ? plan.at[kQkv] : plan.at_attention;
-        n = 2 * thread < width ? 1 : 0;
-      } else if (product == kDown) {
-        weight = two_of(layer + 1 < layers ? a.layers[layer + 1].attention_norm : a.norm);
-        from += plan.at[kGateUp];
-        n = left ? 0 : (a.shape.d_ff / 2 - thread + kThreads - 1) / kThreads;
-      } else {
-        const bool attended = product == kGateUp;  // else it is the MLP's result that x lacks
-        from += attended ? plan.at[kOut] : plan.at[kDown] - plan.layer;
-        step = a.shape.dim;
-        n = !owns || (!attended && (layer == 0 || a.leave & kLeaveMlp)) ? 0
-            : attended                                                  ? plan.products[kOut].parts
-                                                                        : plan.products[kDown].parts;
-      }
-      int asked = n;
-      const uint64_t* at[kFew] = {from, from + step};
-      if (product != kOut) got.ask(at, asked);
-      // While that is on its way: what was just used is asked for, of the next layer.
-      if (!fresh || layer > 0 || product > kQkv) {
-        const bool first = product == kQkv || product == kHead;
-        const int used = !first ? product - 1 : layer > 0 ? +kDown : +kHead, next = layer + (first ? 0 : 1);
-        const int of = next < layers ? next : 0;
-        ask(of, used, here.fixed.mine[used][here.warp]);
-        if (product == kGateUp) attention.prefetch(of, position + (of == 0 ? 1 : 0));
-      }
-      if (product == kOut) {
-        if (!(a.leave & kLeaveAttention)) {
-          attention.run(words, layer, position);
-          if (splits.count > a.few_splits) {
-            attention.combine(words, layer, end);
-          } else if (splits.count > 1) {
-            if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
-            asked = 0;
-          }
+    int asked = n;
+    const uint64_t* at[kFew] = {from, from + step};
+    // Before that can be there: what was just used is asked for, of the next layer. (The head's: by `run`.)
+    const int next = P < kHead && layer + 1 < layers ? layer + 1 : 0;
+    if constexpr (P == kQkv) {
+      if (layer > 0) ask<kDown>(layer);
+    } else if constexpr (P == kOut) {
+      ask<kQkv>(next);
+    } else if constexpr (P == kGateUp) {
+      ask<kOut>(next);
+      attention.prefetch(next, position + (next == 0 ? 1 : 0));
+    } else if constexpr (P == kDown) {
+      ask<kGateUp>(next);
+    } else {
+      ask<kDown>(next);
+    }
+    if constexpr (P == kOut) {
+      if (!(a.leave & kLeaveAttention)) {
+        const int end = position / splits.span + 1;  // runs of positions that are begun
+        attention.run(words, layer, position);
+        if (splits.count > a.few_splits) {
+          attention.combine(words, layer, end);
+        } else if (splits.count > 1) {
+          if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
+          asked = 0;
         }
-        here.watch.where = layer * 16 + product;
-        got.ask(at, asked);
       }
-      Mine mine = here.fixed.mine[product][here.warp];
-      mine.count = same(mine.count), mine.slot = same(mine.slot);
-      mine.passes = static_cast<uint16_t>(same(mine.passes)), mine.rows = static_cast<uint16_t>(same(mine.rows));
-      const bool busy = mine.count > 0 && !left;
-      Rows rows_of;
-      copies_left<4>();  // five groups a layer, each used a layer after it was asked for
-      if (busy && mine.slot < 0) foresee<T>(plan.products[product], mine, weights(layer, product), rows(product), here);
-      if (busy) rows_of.load<T>(plan.products[product], mine, 0, mine.row, weights(layer, product), rows(product), here);
-      uint64_t* const goes_to = pinned(to(product, words, mine.at));
-      const int first = pinned(mine.act + 4 * here.lane);
-      got.await(here.watch, at, asked);
-      if (product == kOut || product == kDown) {
+      here.watch.where = layer * 16 + P;
+    }
+    const Mine mine = here.fixed.mine[P][here.warp];
+    const int count = same(mine.count);
+    copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+    auto fill = [&]() __attribute__((always_inline)) {
+      if (asked > 0) got = take(here, at, asked);
+      if constexpr (!kNormed<P>) {
 #pragma unroll 1
         for (int k = 0; k < n; k += kFew) {
           if (k > 0) {
             at[0] += kFew * step, at[1] += kFew * step;
-            got = take(here.watch, at, n - k);
+            got = take(here, at, n - k);
           }
           *reinterpret_cast<float2*>(act + act_at(2 * (thread + k * kThreads))) = got[0];
           if (k + 1 < n) *reinterpret_cast<float2*>(act + act_at(2 * (thread + (k + 1) * kThreads))) = got[1];
@@ -248,7 +246,7 @@ struct Step {
         x.x += got[0].x + got[1].x, x.y += got[0].y + got[1].y;
 #pragma unroll 1
         for (int k = kFew; k < n; ++k) {
-          const float2 more = take(here.watch, from + k * step);
+          const float2 more = take(here, from + k * step);
           x.x += more.x, x.y += more.y;
         }
         // x times the norm's weight, and what the factor is made of that is still missing then.
@@ -259,15 +257,46 @@ struct Step {
         }
       }
       __syncthreads();
-      if (busy) multiply(product, words, mine, rows_of, layer, act, first, goes_to);
-      if (++product >= kHead) {
-        if (layer == layers) break;
-        product = ++layer < layers ? kQkv : kHead;
-      }
+    };
+    if (count == 0 || left) {
+      fill();
+      return;
     }
+    if (mine.slot < 0) foresee<T, P>(m, mine, weights<P>(layer), a.shape.vocab, here);
+    const float* first = act + pinned(mine.act + 4 * here.lane);
+    if (m.passes == 2) {
+      multiply<P, 2>(layer, mine, count, first, fill);
+    } else if (m.passes == 3) {
+      multiply<P, 3>(layer, mine, count, first, fill);
+    } else if (m.passes == 4) {
+      multiply<P, 4>(layer, mine, count, first, fill);
+    } else {
+      multiply<P, 1>(layer, mine, count, first, fill);
+    }
+  }
+
+  // The token after `token`, which stands at `position`; -1 if a block gave up.
+  __device__ __forceinline__ int run(int token, int position, const Splits& splits) {
+    const int layers = a.shape.layers, thread = here.thread;
+    const unsigned embedded = two_of(static_cast<const T*>(a.embed) + int64_t{token} * a.shape.dim);
+    weight = two_of(a.layers[0].attention_norm);
+    if (const int width = a.shape.head_dim; a.rope != nullptr && thread < width) {
+      const int half = width / 2, row = thread < half ? 0 : 1;
+      here.fixed.rope[row][thread - row * half] =
+          __ldg(a.rope + (row * a.rope_context + position) * width + thread - row * half);
+    }
+    x = widen2(embedded, T());
+    if (thread < kWarps) here.fixed.keys[thread] = 0;
+#pragma unroll 1
+    for (int layer = 0; layer < layers; ++layer) {
+      phase<kQkv>(layer, position, splits);
+      phase<kOut>(layer, position, splits);
+      phase<kGateUp>(layer, position, splits);
+      phase<kDown>(layer, position, splits);
+    }
+    phase<kHead>(layers, position, splits);
     here.watch.where = layers * 16 + kChoose;
-    ask_first(position + 1);
-    return choose(here, position + 1);
+    return choose(here, position + 1, [this] { ask<kHead>(0); });
   }
 };
 
@@ -279,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(sizeof(Static) <= kOwnShared);
   const int thread = static_cast<int>(threadIdx.x);
   Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), same(thread / 32), thread % 32, thread,
-            a.exchange + int64_t{blockIdx.x % a.copies} * plan.words, {a.status, a.epoch}};
+            static_cast<int>(blockIdx.x) % a.copies, {a.status, a.epoch}};
   // What no copy fills, beyond a row's end, is to count as nothing.
   for (int i = thread; i < plan.shared / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   if (thread <= kNoTurn) fixed.rope[0][thread] = 1.0f, fixed.rope[1][thread] = 0.0f;
@@ -296,21 +325,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     fixed.kv_head = here.block / splits.count;
     fixed.split = fixed.kv_head < a.shape.kv_heads ? here.block % splits.count : -1;
   }
-  int position = static_cast<int>(a.first_position), done = 0;
-  int64_t token = a.ids[position];
-  if (token < 0 || token >= a.embed_rows) {
+  int position = static_cast<int>(a.first_position), token = 0;
+  if (const int64_t id = a.ids[position]; id >= 0 && id < a.embed_rows) {
+    token = static_cast<int>(id);
+  } else {
     if (here.block == 0 && thread == 0) here.watch.fail(kNoToken);
-    here.watch.dead = true, token = 0;
+    here.watch.dead = true;
   }
   if (*static_cast<volatile int32_t*>(a.status) != 0) here.watch.dead = true;
   __syncthreads();
 
   Step<T> step(here, splits);
   step.ask_all(position);
-  step.ask_first(position);
   bool stopped = false;
-  for (; done < a.tokens && !stopped; ++done, ++position, ++here.watch.tag) {
-    token = step.run(static_cast<int>(token), position, done == 0, splits);
+  auto done = [&] { return static_cast<int>(here.watch.tag - a.epoch); };  // tokens
+  for (; done() < a.tokens && !stopped; ++position, ++here.watch.tag) {
+    token = step.run(token, position, splits);
     if (token < 0) break;
     if (here.block == 0 && thread == 0) a.ids[position + 1] = token;
     for (int i = 0; i < a.stop_count; ++i) stopped = stopped || a.stops[i] == token;
@@ -318,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   copies_left<0>();
   if (here.block == 0 && thread == 0) {
     // After a stop its token again; after a failure no token at all.
-    for (int i = done; i < a.tokens; ++i) a.ids[a.first_position + i + 1] = token;
+    for (int i = done(); i < a.tokens; ++i) a.ids[a.first_position + i + 1] = token;
     *a.position = a.first_position + a.tokens;
   }
 }

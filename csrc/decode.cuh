@@ -49,8 +49,7 @@ struct Watch {
   }
 };
 
-// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n: asked for all at once, so that what a warp has to do
-// before it needs them costs no time. The rest counts as 0.
+// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n. The rest counts as 0.
 template <int N>
 struct Pairs {
   ulonglong2 two[N] = {};
@@ -60,34 +59,18 @@ struct Pairs {
     for (int i = 0; i < N; ++i)
       if (i < n) two[i] = words_at(at[i]);
   }
-  __device__ void await(Watch& watch, const uint64_t* const (&at)[N], int n) {
-    for (unsigned spins = 1;; ++spins) {
-      bool all = true;
+  __device__ bool came(unsigned tag, int n) const {
+    unsigned wrong = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const unsigned one = static_cast<unsigned>(two[i].x >> 32), other = static_cast<unsigned>(two[i].y >> 32);
-        all = all && (i >= n || ((one ^ watch.tag) | (other ^ watch.tag)) == 0);
-      }
-      if (all || !watch.again(spins)) break;
-      ask(at, n);
-    }
+    for (int i = 0; i < N; ++i)
+      if (i < n) wrong |= (static_cast<unsigned>(two[i].x >> 32) ^ tag) | (static_cast<unsigned>(two[i].y >> 32) ^ tag);
+    return wrong == 0;
   }
   __device__ void set(int i, float2 to) { two[i].x = __float_as_uint(to.x), two[i].y = __float_as_uint(to.y); }
   __device__ float2 operator[](int i) const {
     return make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)), __uint_as_float(static_cast<unsigned>(two[i].y)));
   }
 };
-template <int N>
-__device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
-  Pairs<N> pairs;
-  pairs.ask(at, n);
-  pairs.await(watch, at, n);
-  return pairs;
-}
-__device__ inline float2 take(Watch& watch, const uint64_t* at) {
-  const uint64_t* const one[1] = {at};
-  return take<1>(watch, one, 1)[0];
-}
 
 // ---- A block's place, and what its threads find in shared memory.
 
@@ -103,7 +86,6 @@ struct alignas(16) Mine {
   int row;   // the first unit's first one
   int at;    // the word of its result, from the layer's first on
   int pair;  // of RoPE that turns it; kNoTurn: none
-  uint16_t passes, rows;
 };
 constexpr int kNoTurn = 64;
 __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, int block, int warp) {
@@ -116,7 +98,6 @@ __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, 
   mine.first = first, mine.count = first < end ? (end - first + m.stride - 1) / m.stride : 0;
   mine.slot = m.slot < 0 ? -1 : m.slot + warp * m.each * m.rows * m.passes * 512;
   mine.act = part * m.columns;
-  mine.passes = static_cast<uint16_t>(m.passes), mine.rows = static_cast<uint16_t>(m.rows);
   mine.row = first + run * m.skip;
   mine.at = product == kHead ? 0 : plan.at[product] + part * a.shape.dim + first;
   mine.pair = kNoTurn;
@@ -146,11 +127,12 @@ struct Here {
   Static& fixed;
   unsigned char* shared;
   int block, warp, lane, thread;
-  const uint64_t* words;  // the copy of the exchange that this block reads
+  int copy;  // of the exchange, that this block reads
   Watch watch;
 
   __device__ float* act(int turn) const { return reinterpret_cast<float*>(shared) + turn * (plan.act + plan.squares); }
   __device__ uint64_t* words_of(int copy) const { return a.exchange + int64_t{copy} * plan.words; }
+  __device__ const uint64_t* words() const { return words_of(copy); }
 
   // Lane `copy` of some writes the word of copy `copy`.
   __device__ void put(int at, float value, int copy) const {
@@ -163,6 +145,22 @@ struct Here {
       put_words(words_of(copy) + at, word(one, watch.tag), word(other, watch.tag));
   }
 };
+
+// Words, when they are there. To be called as late as can be: who asks too early has lost the time of a trip, and trips in vain
+// are in the way of others.
+template <int N>
+__device__ inline Pairs<N> take(Here& here, const uint64_t* const (&at)[N], int n) {
+  Pairs<N> pairs;
+  if (n <= 0) return pairs;
+  for (unsigned spins = 1;; ++spins) {
+    pairs.ask(at, n);
+    if (pairs.came(here.watch.tag, n) || !here.watch.again(spins)) return pairs;
+  }
+}
+__device__ inline float2 take(Here& here, const uint64_t* at) {
+  const uint64_t* const one[1] = {at};
+  return take<1>(here, one, 1)[0];
+}
 
 // A read that stays where it stands: the compiler would put it off until what is read is needed.
 __device__ inline float4 read_now(const float* at) {
@@ -194,28 +192,43 @@ __device__ inline void copies_left() {  // until all but the last n groups have 
 #endif
 }
 
-// ---- Matrix rows times a vector.
+// ---- Matrix rows times a vector. What differs between the products is known when they are compiled: constants, and no
+// questions.
+
+template <int P>
+constexpr bool kNormed = P != kOut && P != kDown;  // behind a norm
+template <int P>
+constexpr int kRows = kNormed<P> ? 2 : 1;  // of a unit
+
+// Where row r of a unit begins whose first row is `row`. Only the head's last unit may have one row less.
+template <int P>
+__device__ inline uint64_t start_of(const Matrix& m, int row, int r, int rows) {
+  row += r == 0 ? 0 : m.apart;
+  if constexpr (P == kHead) row = min(row, rows - 1);
+  return uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(m.width);
+}
 
 // Asks for what `multiply` will need of the matrix, and ends a group of copies. Every lane copies what it alone will read: no
 // one else waits for it.
-template <typename T>
+template <typename T, int P>
 __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
   if (mine.slot >= 0) {
+    const int passes = pinned(m.passes);
     uint4* to = reinterpret_cast<uint4*>(here.shared + mine.slot) + here.lane;
-    const int start = mine.act + here.lane * 8, width = m.width;
+    const int start = mine.act + here.lane * 8;
     const T* column = static_cast<const T*>(weights) + start;
     int row = mine.row, unit = mine.first;
 #pragma unroll 1
     for (int left = mine.count; left > 0; --left) {
-#pragma unroll 1
-      for (int r = 0; r < mine.rows; ++r) {
-        const T* from = column + int64_t{min(row + r * m.apart, rows - 1)} * width;
+#pragma unroll
+      for (int r = 0; r < kRows<P>; ++r) {
+        const T* from = column + start_of<P>(m, row, r, rows);
 #pragma unroll
         for (int p = 0; p < kMostPasses; ++p) {
-          if (p >= mine.passes) break;
-          if (start + p * kPassColumns < width) copy16(to + p * 32, from + p * kPassColumns);
+          if (p >= passes) break;
+          if (start + p * kPassColumns < m.width) copy16(to + p * 32, from + p * kPassColumns);
         }
-        to += mine.passes * 32;
+        to += passes * 32;
       }
       unit += m.stride, row = unit + run_of(m, unit) * m.skip;
     }
@@ -224,7 +237,7 @@ __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* w
 }
 
 // Where rows wait nowhere: those of the warp's later units come into L2 at least while the first one is waited for.
-template <typename T>
+template <typename T, int P>
 __device__ inline void foresee(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
 #ifdef __CUDA_ARCH__
   constexpr int kLine = 128 / sizeof(T);
@@ -233,8 +246,8 @@ __device__ inline void foresee(const Matrix& m, const Mine& mine, const void* we
   for (int k = 1; k < mine.count; ++k) {
     const int unit = mine.first + k * m.stride, row = unit + run_of(m, unit) * m.skip;
 #pragma unroll 1
-    for (int r = 0; r < mine.rows; ++r) {
-      const T* from = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width;
+    for (int r = 0; r < kRows<P>; ++r) {
+      const T* from = static_cast<const T*>(weights) + start_of<P>(m, row, r, rows);
       for (int i = mine.act + here.lane * kLine; i < end; i += 32 * kLine)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
     }
@@ -242,36 +255,29 @@ __device__ inline void foresee(const Matrix& m, const Mine& mine, const void* we
 #endif
 }
 
-// A lane's numbers of a unit's rows. They do not depend on what is multiplied with them, and are here before it.
+// A lane's numbers of a unit's R rows, N passes of each. They do not depend on what is multiplied with them, and are here
+// before it.
+template <int R, int N>
 struct Rows {
-  uint4 w[2][kMostPasses];
+  uint4 w[R][N];
 
   // Of the warp's unit number k, whose first row is `row`.
-  template <typename T>
+  template <typename T, int P>
   __device__ void load(const Matrix& m, const Mine& mine, int k, int row, const void* weights, int rows, const Here& here) {
     if (mine.slot >= 0) {
-      const uint4* from =
-          reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * mine.rows * mine.passes * 32;
+      const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * (R * N * 32);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (r >= mine.rows) break;
+      for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int p = 0; p < kMostPasses; ++p) {
-          if (p >= mine.passes) break;
-          w[r][p] = from[p * 32];
-        }
-        from += mine.passes * 32;
-      }
+        for (int p = 0; p < N; ++p) w[r][p] = from[(r * N + p) * 32];
       return;
     }
     const int start = mine.act + here.lane * 8;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (r >= mine.rows) break;
-      const T* of = static_cast<const T*>(weights) + int64_t{min(row + r * m.apart, rows - 1)} * m.width + start;
+    for (int r = 0; r < R; ++r) {
+      const T* of = static_cast<const T*>(weights) + start_of<P>(m, row, r, rows) + start;
 #pragma unroll
-      for (int p = 0; p < kMostPasses; ++p) {
-        if (p >= mine.passes) break;
+      for (int p = 0; p < N; ++p) {
         w[r][p] = make_uint4(0, 0, 0, 0);
         if (start + p * kPassColumns < m.width) w[r][p] = __ldg(reinterpret_cast<const uint4*>(of + p * kPassColumns));
       }
@@ -279,12 +285,12 @@ struct Rows {
   }
 
   // Their products with `act`: without branches, so that all reads are on their way at once, as far as registers go.
-  template <typename T, int P, int R>
+  template <typename T>
   __device__ void times(const float4* act, float (&sum)[2]) const {
-    constexpr int kAtOnce = P < kMostPasses ? P : P / 2;
+    constexpr int kAtOnce = N < kMostPasses ? N : N / 2;
     float part[R][4] = {};
 #pragma unroll
-    for (int first = 0; first < P; first += kAtOnce) {
+    for (int first = 0; first < N; first += kAtOnce) {
       float4 x[kAtOnce][2];
 #pragma unroll
       for (int p = 0; p < kAtOnce; ++p)
@@ -302,28 +308,12 @@ struct Rows {
           part[r][2] = fmaf(v[6], high.z, part[r][2]), part[r][3] = fmaf(v[7], high.w, part[r][3]);
         }
       }
-      if (kAtOnce < P) asm volatile("" ::: "memory");
+      if (kAtOnce < N) asm volatile("" ::: "memory");
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float(&of)[4] = part[r < R ? r : 0];
       sum[r] = (of[0] + of[1]) + (of[2] + of[3]);
-    }
-  }
-  template <typename T, int P>
-  __device__ void times(int rows, const float4* act, float (&sum)[2]) const {
-    rows == 2 ? times<T, P, 2>(act, sum) : times<T, P, 1>(act, sum);
-  }
-  template <typename T>
-  __device__ void times(int passes, int rows, const float4* act, float (&sum)[2]) const {
-    if (passes == 2) {
-      times<T, 2>(rows, act, sum);
-    } else if (passes == 3) {
-      times<T, 3>(rows, act, sum);
-    } else if (passes == 4) {
-      times<T, 4>(rows, act, sum);
-    } else {
-      times<T, 1>(rows, act, sum);
     }
   }
 };

@@ -107,7 +107,7 @@ struct Attention {
       const int i = j - asked, of_head = i < width ? i : i - width, head = s.heads + (i < width ? 0 : s.kv_heads) + kv_head;
       const int from = i < 0 ? kv_head * asked + j : head * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
-      const float2 two = take(here.watch, here.words + at + from);
+      const float2 two = take(here, here.words() + at + from);
       if (i < 0) {
         *reinterpret_cast<float2*>(queries() + j) = make_float2(two.x * scale, two.y * scale);
       } else {
@@ -287,20 +287,20 @@ struct Attention {
     }
   }
 
-  // Adds results first + k * step, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
-  static constexpr int kFew = 2;
-  __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int step, int end) {
+  // Adds results first + k, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
+  static constexpr int kFew = 4;
+  __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int end) {
     const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
     const uint64_t* at[2 * kFew];
     int n = 0;
 #pragma unroll
     for (int k = 0; k < kFew; ++k) {
-      const int split = min(first + k * step, end - 1);
-      at[2 * k] = here.words + layer_words + here.plan.at_parts + split * all + row;
-      at[2 * k + 1] = here.words + layer_words + here.plan.at_lse + 2 * (split * heads + head);
-      if (first + k * step < end) n = 2 * k + 2;
+      const int split = min(first + k, end - 1);
+      at[2 * k] = here.words() + layer_words + here.plan.at_parts + split * all + row;
+      at[2 * k + 1] = here.words() + layer_words + here.plan.at_lse + 2 * (split * heads + head);
+      if (first + k < end) n = 2 * k + 2;
     }
-    const Pairs<2 * kFew> got = take(here.watch, at, n);
+    const Pairs<2 * kFew> got = take(here, at, n);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
@@ -326,10 +326,10 @@ struct Attention {
       Weighted<2> sum;
 #pragma unroll 1
       for (int run = here.lane; run < end; run += 32) {
-        const uint64_t* from = here.words + layer_words;
+        const uint64_t* from = here.words() + layer_words;
         const uint64_t* const at[2] = {from + here.plan.at_parts + run * all + row,
                                        from + here.plan.at_lse + 2 * (run * heads + head)};
-        const Pairs<2> got = take(here.watch, at, 2);
+        const Pairs<2> got = take(here, at, 2);
         const float2 two = got[0];
         const float lse = got[1].x;
         sum.scale(sum.raise(lse));
@@ -347,7 +347,7 @@ struct Attention {
   __device__ static float2 result(Here& here, int layer_words, int end, int pair) {
     Weighted<2> sum;
 #pragma unroll 1
-    for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, 1, end);
+    for (int first = 0; first < end; first += kFew) add(here, sum, layer_words, 2 * pair, first, end);
     const float by = __fdividef(1.0f, sum.total);
     return make_float2(sum.sum[0] * by, sum.sum[1] * by);
   }

@@ -102,7 +102,7 @@ def shapes(draw: st.DrawFn) -> list[int]:
 
 @needs_compiler
 @settings(max_examples=60)
-@given(shapes(), st.booleans(), CARDS, st.integers(1, 40_000), st.integers(1, 8), st.integers(16, 512))
+@given(shapes(), st.booleans(), CARDS, st.integers(1, 40_000), st.integers(1, 16), st.integers(16, 512))
 def test_every_number_of_every_row_is_one_warps_and_nothing_overlaps(
     shape: list[int], sampled: bool, card: tuple[int, int], end: int, few: int, target: int
 ) -> None:
