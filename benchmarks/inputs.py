@@ -107,12 +107,13 @@ def decode_check(
 ) -> Callable[[torch.Tensor, Decoder | HuggingFace], float]:
     """Every token decoded is the one due by a plain forward over the same text, up to rounding: see `shortfall`.
 
-    Each of 2 x layers residual additions rounds by up to eps, of a walk that is eps * sqrt(2 layers) of the stream;
-    two passes differ by twice that, and a gap is a difference of two logits, so 4 eps sqrt(2 layers). The cache one
-    token off chooses tokens that lie several deviations below.
+    Each of 2 x layers residual additions rounds by up to eps, a walk of eps * sqrt(2 layers) of the stream. Random
+    models of 32 layers in bf16 have logits that deviate from those in fp32 by .3 (width 1,024) to .9 (4,096) of that.
+    In a gap are two logits of two passes, so twice that; and the worst of the thousands that are judged is 4 times what
+    is usual: 8 eps sqrt(2 layers). The cache one token off chooses tokens that lie several deviations below.
     """
     sampling = sampling or Sampling()
-    tolerance = 4 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5
+    tolerance = 8 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5
 
     def check(chosen: torch.Tensor, loop: Decoder | HuggingFace) -> float:
         count = chosen.shape[1]

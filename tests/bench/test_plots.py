@@ -126,6 +126,13 @@ def test_each_side_of_the_cache_is_its_fastest_runner_and_where_they_cross_is_ma
         assert (round(crossover(ours, theirs)[0]), crossover(ours, theirs)[1]) == (int(length), value)  # type: ignore[index]
 
 
+def test_a_context_without_the_runner_that_is_fastest_elsewhere_is_left_out() -> None:
+    """And what is slower at a shorter context by itself stays."""
+    times = {("fused", 128): 5, ("graph", 256): 20, ("fused", 512): 4, ("graph", 512): 30, ("compile", 1024): 6}
+    line = pd.DataFrame([{"impl": impl, "context": str(n), "value": value} for (impl, n), value in times.items()])
+    assert [points.beaten(row, line) for _, row in line.iterrows()] == [False, True, False, True, False]
+
+
 def test_the_time_to_the_first_token_stands_beside_the_speeds(table: pd.DataFrame, drawn: Drawn) -> None:
     shown, rows = drawn["tokens_sec"][1], points.cells(table, "decode")
     first = shown[shown["quantity"] == points.FIRST_TOKEN.text]

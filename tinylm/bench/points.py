@@ -144,14 +144,20 @@ def kv_panels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def kv_times(table: pd.DataFrame) -> pd.DataFrame:
-    """Each side by its fastest runner, and the crossover: where the side with a cache becomes the faster one."""
+    """Each side by its fastest runner, and the crossover: where the side with a cache becomes the faster one.
+
+    Without the contexts where another runner takes longer than the fastest one does at a longer context, which was not
+    measured there.
+    """
     rows = valued(cells(table, "kv_cache"), TIME)
     points = over_runs(rows[rows["cache"].isin(SIDES) & rows["context"].ne("")])
     if points.empty:
         return points
     keys = [key for key in ("label", *CELL) if key in points and key not in ("impl", "context", "cache")]
     best = points.loc[points.groupby([*keys, "context", "cache"])["value"].idxmin().sort_values()]
-    best["quantity"] = [words("cache", side) for side in best["cache"]]
+    lines = best.groupby([*keys, "cache"])
+    best = best.drop([i for _, line in lines for i, row in line.iterrows() if beaten(row, line)])
+    best = best.assign(quantity=[words("cache", side) for side in best["cache"]])
     parts = [best]
     for _, rows in best.groupby(keys):
         sides = (rows[rows["cache"] == side] for side in SIDES)
@@ -161,6 +167,12 @@ def kv_times(table: pd.DataFrame) -> pd.DataFrame:
             mark = rows[:1].assign(context=str(round(length)), value=value, low=value, high=value)
             parts.append(mark.assign(quantity=CROSSOVER, cache="", impl="", spread=""))
     return pd.concat(parts, ignore_index=True)
+
+
+def beaten(row: pd.Series, line: pd.DataFrame) -> bool:
+    """Whether another runner does a longer context of the line in less time."""
+    longer = line[line["context"].astype(int) > int(row["context"])]
+    return bool(((longer["impl"] != row["impl"]) & (longer["value"] < row["value"])).any())
 
 
 def kv_one_length(table: pd.DataFrame) -> pd.DataFrame:
