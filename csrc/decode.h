@@ -23,7 +23,7 @@ struct Shape {
   int dim, layers, heads, kv_heads, head_dim, d_ff, vocab;  // vocab: ids that may be chosen
 };
 
-// A layer's four products and the head. One code serves all, so that a token's work stays in the instruction cache.
+// A layer's four products and the head.
 enum Product { kQkv, kOut, kGateUp, kDown, kHead, kProducts };
 
 // How the rows of one matrix are shared out. A unit is what one warp computes at a time: one row, or two that belong
