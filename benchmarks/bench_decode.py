@@ -149,7 +149,7 @@ def filling(measure, device, net, batch, context, compiled):
             ends = (context, context + 1)
             return tuple(torch.cat([net(row[:, :end], last_only=True) for row in rows]) for end in ends)
 
-    # As in inputs.decode_check, of whole logits, whose deviation is their norm: no worst of thousands.
+    # As in inputs.decode_check, of whole logits, whose deviation is their norm: twice what two passes differ by.
     near = against(reference, 4 * torch.finfo(net.dtype).eps * (2 * net.config.layers) ** 0.5)
 
     def check(result, prompt):

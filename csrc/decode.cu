@@ -111,7 +111,7 @@ struct Step {
       if constexpr (kNormed<P>) {
         float4 squares[2] = {};
         if (k == 0) {
-          const float* squared = act + plan.act;  // rows behind a norm are not shared: each starts at its beginning
+          const float* squared = act + plan.act;
           squares[0] = read_now(squared);
           if (plan.squares > 128) squares[1] = read_now(squared + 128);
 #pragma unroll 1
@@ -201,7 +201,7 @@ struct Step {
     }
     int asked = n;
     const uint64_t* at[kFew] = {from, from + step};
-    // Before that can be there: what was just used is asked for, of the next layer. (The head's: by `run`.)
+    // Before the input can be there: what was just used is asked for, of the next layer. (The head's: by `choose`.)
     const int next = P < kHead && layer + 1 < layers ? layer + 1 : 0;
     if constexpr (P == kQkv) {
       if (layer > 0) ask<kDown>(layer);
@@ -230,7 +230,8 @@ struct Step {
     }
     const Mine mine = here.fixed.mine[P][here.warp];
     const int count = same(mine.count);
-    copies_left<4>();  // five groups a layer, each used a layer after it was asked for
+    copies_left<4>();  // four groups at least were asked for after this product's: five a layer, and the head's
+    // Its barrier is the same one for all warps, whichever of its copies they come by.
     auto fill = [&]() __attribute__((always_inline)) {
       if (asked > 0) got = take(here, at, asked);
       if constexpr (!kNormed<P>) {

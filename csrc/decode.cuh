@@ -134,10 +134,6 @@ struct Here {
   __device__ uint64_t* words_of(int copy) const { return a.exchange + int64_t{copy} * plan.words; }
   __device__ const uint64_t* words() const { return words_of(copy); }
 
-  // Lane `copy` of some writes the word of copy `copy`.
-  __device__ void put(int at, float value, int copy) const {
-    if (copy < a.copies) put_word(words_of(copy) + at, word(value, watch.tag));
-  }
   // Lanes first, first + 1, ... of `lanes` have the same; each writes its copies.
   __device__ void put_pair(int at, float one, float other, int first, int lanes) const {
 #pragma unroll 1
@@ -197,21 +193,22 @@ __device__ inline void copies_left() {  // until all but the last n groups have 
 
 template <int P>
 constexpr bool kNormed = P != kOut && P != kDown;  // behind a norm
+static_assert(kMostWidth <= kMostPasses * kPassColumns);  // so a row behind a norm is one warp's, from its beginning on
 template <int P>
 constexpr int kRows = kNormed<P> ? 2 : 1;  // of a unit
 
 // Where row r of a unit begins whose first row is `row`. Only the head's last unit may have one row less.
 template <int P>
-__device__ inline uint64_t start_of(const Matrix& m, int row, int r, int rows) {
+__device__ inline uint64_t start_of(const Matrix& m, int row, int r, int vocab) {
   row += r == 0 ? 0 : m.apart;
-  if constexpr (P == kHead) row = min(row, rows - 1);
+  if constexpr (P == kHead) row = min(row, vocab - 1);
   return uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(m.width);
 }
 
 // Asks for what `multiply` will need of the matrix, and ends a group of copies. Every lane copies what it alone will read: no
 // one else waits for it.
 template <typename T, int P>
-__device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
+__device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* weights, int vocab, const Here& here) {
   if (mine.slot >= 0) {
     const int passes = pinned(m.passes);
     uint4* to = reinterpret_cast<uint4*>(here.shared + mine.slot) + here.lane;
@@ -222,7 +219,7 @@ __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* w
     for (int left = mine.count; left > 0; --left) {
 #pragma unroll
       for (int r = 0; r < kRows<P>; ++r) {
-        const T* from = column + start_of<P>(m, row, r, rows);
+        const T* from = column + start_of<P>(m, row, r, vocab);
 #pragma unroll
         for (int p = 0; p < kMostPasses; ++p) {
           if (p >= passes) break;
@@ -238,7 +235,7 @@ __device__ inline void prefetch(const Matrix& m, const Mine& mine, const void* w
 
 // Where rows wait nowhere: those of the warp's later units come into L2 at least while the first one is waited for.
 template <typename T, int P>
-__device__ inline void foresee(const Matrix& m, const Mine& mine, const void* weights, int rows, const Here& here) {
+__device__ inline void foresee(const Matrix& m, const Mine& mine, const void* weights, int vocab, const Here& here) {
 #ifdef __CUDA_ARCH__
   constexpr int kLine = 128 / sizeof(T);
   const int end = min(m.width, mine.act + m.columns);
@@ -247,7 +244,7 @@ __device__ inline void foresee(const Matrix& m, const Mine& mine, const void* we
     const int unit = mine.first + k * m.stride, row = unit + run_of(m, unit) * m.skip;
 #pragma unroll 1
     for (int r = 0; r < kRows<P>; ++r) {
-      const T* from = static_cast<const T*>(weights) + start_of<P>(m, row, r, rows);
+      const T* from = static_cast<const T*>(weights) + start_of<P>(m, row, r, vocab);
       for (int i = mine.act + here.lane * kLine; i < end; i += 32 * kLine)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
     }
@@ -263,7 +260,8 @@ struct Rows {
 
   // Of the warp's unit number k, whose first row is `row`.
   template <typename T, int P>
-  __device__ void load(const Matrix& m, const Mine& mine, int k, int row, const void* weights, int rows, const Here& here) {
+  __device__ void load(const Matrix& m, const Mine& mine, int k, int row, const void* weights, int vocab,
+                       const Here& here) {
     if (mine.slot >= 0) {
       const uint4* from = reinterpret_cast<const uint4*>(here.shared + mine.slot) + here.lane + k * (R * N * 32);
 #pragma unroll
@@ -275,7 +273,7 @@ struct Rows {
     const int start = mine.act + here.lane * 8;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const T* of = static_cast<const T*>(weights) + start_of<P>(m, row, r, rows) + start;
+      const T* of = static_cast<const T*>(weights) + start_of<P>(m, row, r, vocab) + start;
 #pragma unroll
       for (int p = 0; p < N; ++p) {
         w[r][p] = make_uint4(0, 0, 0, 0);

@@ -65,7 +65,7 @@ const char* make_plan(const Shape&, bool sampled, int blocks, int shared, Plan*)
 struct Splits {
   int count, span;
 };
-// `target` positions to a run. Up to `few` runs, of up to twice as many positions, whoever reads attention's results adds
+// `target` positions to a run. Up to `few` runs, of up to twice as many positions if the ring has them, whoever reads attention's results adds
 // them up; if it takes more, a block of each key head does, a phase of its own.
 Splits make_splits(const Plan&, int end, int few, int target);
 

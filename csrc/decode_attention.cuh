@@ -196,7 +196,7 @@ struct Attention {
     if (split < 0 || count == 0) return;
     here.watch.where = layer * 16 + kAttention;
     receive(layer_words, layer, position, own);
-    copies_left<3>();  // of the five groups a layer this one is asked for last but two
+    copies_left<3>();  // three at least were asked for after this one
     __syncthreads();
 
     Lanes lanes;

@@ -1,6 +1,6 @@
 """Decodes a few tokens by every path of the kernels of `fused` and `matvec`, for NVIDIA's compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck)
+compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck, synccheck)
 
 A line a case, "ok" at the end; the exit status is not 0 if a launch failed. racecheck sees shared memory alone: what
 passes between blocks carries its own flags (csrc/decode.cuh).
@@ -29,6 +29,10 @@ CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "vocab_size": 60_000}, 9, GREEDY, {}),
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4}),  # many runs
     ({"heads": 1, "kv_heads": 1, "head_dim": 64}, 1200, GREEDY, {"split_tokens": 100_000}),  # through the ring
+    ({"dim": 384, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 512, "vocab_size": 333}, 5, GREEDY, {}),
+    ({"dim": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "d_ff": 2048}, 5, GREEDY, {}),
+    ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 8192, "vocab_size": 60_001}, 5, GREEDY, {}),
+    *(({}, 5, GREEDY, {"leave": leave}) for leave in (1, 2, 7)),
 ]
 # Of `matvec`: shape, prompt, how a token is chosen.
 MATVEC: list[tuple[dict[str, Any], int, Sampling]] = [

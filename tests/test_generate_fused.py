@@ -189,7 +189,14 @@ SHAPES: list[dict[str, Any]] = [
     {"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344, "layers": 1},
     {"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "init_std": 0.05},
     {"vocab_size": 3, "layers": 1},
-]
+    # Each product's rows in each number of passes, shared by warps, and where they do not fit shared memory.
+    {"dim": 384, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 512, "vocab_size": 333, "init_std": 0.05},
+    {"dim": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "d_ff": 2048, "init_std": 0.05},
+    {
+        "dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 8192, "vocab_size": 60_001, "layers": 1,
+        "init_std": 0.05,
+    },
+]  # fmt: skip
 
 
 @on_gpu
@@ -214,10 +221,16 @@ def test_prefill_hands_over_at_every_position_and_the_cache_is_as_if_recomputed(
 
 
 @on_gpu
-@pytest.mark.parametrize("length", [100, 700, 3000, 9000])
+@pytest.mark.parametrize(
+    ("length", "few", "target"), [(100, 12, 288), (700, 12, 288), (3000, 4, 192), (1200, 12, 100_000), (9000, 12, 288)]
+)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (16, 1)])
-def test_long_texts(length: int, heads: int, kv_heads: int) -> None:
+def test_long_texts(
+    monkeypatch: pytest.MonkeyPatch, length: int, few: int, target: int, heads: int, kv_heads: int
+) -> None:
     """One run of positions, several that every reader adds up, many, and more than wait in shared memory."""
+    monkeypatch.setattr(Fused, "few_splits", few)
+    monkeypatch.setattr(Fused, "split_tokens", target)
     model, reference = lively(heads=heads, kv_heads=kv_heads, head_dim=256 // heads, dim=256, context=9100)
     prompt = prompts_of(model, 1, length).to(DEVICE)
     text = torch.cat((prompt, decoded(Decoder(model, prompt, 20, runner="fused"))), 1)

@@ -146,8 +146,8 @@ def kv_panels(table: pd.DataFrame) -> pd.DataFrame:
 def kv_times(table: pd.DataFrame) -> pd.DataFrame:
     """Each side by its fastest runner, and the crossover: where the side with a cache becomes the faster one.
 
-    Without the contexts where another runner takes longer than the fastest one does at a longer context, which was not
-    measured there.
+    Without the contexts whose fastest runner takes longer than another one, which was not measured there, at a longer
+    context.
     """
     rows = valued(cells(table, "kv_cache"), TIME)
     points = over_runs(rows[rows["cache"].isin(SIDES) & rows["context"].ne("")])
@@ -155,8 +155,9 @@ def kv_times(table: pd.DataFrame) -> pd.DataFrame:
         return points
     keys = [key for key in ("label", *CELL) if key in points and key not in ("impl", "context", "cache")]
     best = points.loc[points.groupby([*keys, "context", "cache"])["value"].idxmin().sort_values()]
-    lines = best.groupby([*keys, "cache"])
-    best = best.drop([i for _, line in lines for i, row in line.iterrows() if beaten(row, line)])
+    for _, line in points.groupby([*keys, "cache"]):
+        fastest = best[best.index.isin(line.index)]
+        best = best.drop([i for i, row in fastest.iterrows() if beaten(row, fastest, line)])
     best = best.assign(quantity=[words("cache", side) for side in best["cache"]])
     parts = [best]
     for _, rows in best.groupby(keys):
@@ -169,10 +170,11 @@ def kv_times(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def beaten(row: pd.Series, line: pd.DataFrame) -> bool:
-    """Whether another runner does a longer context of the line in less time."""
-    longer = line[line["context"].astype(int) > int(row["context"])]
-    return bool(((longer["impl"] != row["impl"]) & (longer["value"] < row["value"])).any())
+def beaten(row: pd.Series, fastest: pd.DataFrame, line: pd.DataFrame) -> bool:
+    """Whether a runner that the line has not at the row's context is the faster one at a longer context."""
+    absent = ~fastest["impl"].isin(line[line["context"] == row["context"]]["impl"])
+    longer = fastest["context"].astype(int) > int(row["context"])
+    return bool((absent & longer & (fastest["value"] < row["value"])).any())
 
 
 def kv_one_length(table: pd.DataFrame) -> pd.DataFrame:
