@@ -29,11 +29,12 @@
 //     last to the barrier, 1.1 us after their stores
 //   a code for each product, so that which one it is and its sizes are no questions (8,650 instructions): 54 / 65 / 97 and 184,
 //     not 53; and now those who fetch come last
-//   this, which polls when it has nothing else left to do, not before: 47 / 59 / 90 and 162, not 52; with longer runs of
-//     positions that readers add up (288, up to 12 of them) 4,096 in 86. Trips in vain come back a whole trip later, and are in
-//     the way of others:
+//   polls begun after the prefetch, not before: 51 / 65 / 95 and 183
+//   this, which polls when it has nothing else left to do: 47 / 59 / 90 and 162, not 51; with longer runs of positions that
+//     readers add up (288, up to 12 of them) 4,096 in 86. Trips in vain come back a whole trip later, and are in the way of
+//     others:
 //   two trips under way at once: 55 / 65 / 100 and 190, three: 58 / 70 / 104 and 192, not 45; dropped
-//   a warp that remembers when its input came, and asks no sooner: 53 to 79, not 45: who is late makes all late; dropped
+//   a warp that remembers when its input came, and asks no sooner: 53 to 79, not 47: who is late makes all late; dropped
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 
