@@ -101,7 +101,7 @@ struct Step {
     uint64_t best = 0;
 #pragma unroll 1
     for (int k = 0;;) {
-      float sum[2];
+      float sum[kRows<P>];
       rows.template times<T>(reinterpret_cast<const float4*>(act), sum);
       float cos = 1.0f, sin = 0.0f;
       if constexpr (P == kQkv) {
@@ -234,13 +234,13 @@ struct Step {
     copies_left<4>();  // four groups at least were asked for after this product's: five a layer, and the head's
     // Its barrier is the same one for all warps, whichever of its copies they come by.
     auto fill = [&]() __attribute__((always_inline)) {
-      if (asked > 0) got = take(here, at, asked);
+      if (asked > 0) got = take(here.watch, at, asked);
       if constexpr (!kNormed<P>) {
 #pragma unroll 1
         for (int k = 0; k < n; k += kFew) {
           if (k > 0) {
             at[0] += kFew * step, at[1] += kFew * step;
-            got = take(here, at, n - k);
+            got = take(here.watch, at, n - k);
           }
           *reinterpret_cast<float2*>(act + act_at(2 * (thread + k * kThreads))) = got[0];
           if (k + 1 < n) *reinterpret_cast<float2*>(act + act_at(2 * (thread + (k + 1) * kThreads))) = got[1];
@@ -249,7 +249,7 @@ struct Step {
         x.x += got[0].x + got[1].x, x.y += got[0].y + got[1].y;
 #pragma unroll 1
         for (int k = kFew; k < n; ++k) {
-          const float2 more = take(here, from + k * step);
+          const float2 more = take(here.watch, from + k * step);
           x.x += more.x, x.y += more.y;
         }
         // x times the norm's weight, and what the factor is made of that is still missing then.

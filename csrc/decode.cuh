@@ -72,6 +72,22 @@ struct Pairs {
   }
 };
 
+// Words, when they are there. To be called as late as can be: who asks too early has lost the time of a trip, and trips in vain
+// are in the way of others.
+template <int N>
+__device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
+  Pairs<N> pairs;
+  if (n <= 0) return pairs;
+  for (unsigned spins = 1;; ++spins) {
+    pairs.ask(at, n);
+    if (pairs.came(watch.tag, n) || !watch.again(spins)) return pairs;
+  }
+}
+__device__ inline float2 take(Watch& watch, const uint64_t* at) {
+  const uint64_t* const one[1] = {at};
+  return take<1>(watch, one, 1)[0];
+}
+
 // ---- A block's place, and what its threads find in shared memory.
 
 __device__ inline int run_of(const Matrix& m, int unit) {
@@ -142,22 +158,6 @@ struct Here {
   }
 };
 
-// Words, when they are there. To be called as late as can be: who asks too early has lost the time of a trip, and trips in vain
-// are in the way of others.
-template <int N>
-__device__ inline Pairs<N> take(Here& here, const uint64_t* const (&at)[N], int n) {
-  Pairs<N> pairs;
-  if (n <= 0) return pairs;
-  for (unsigned spins = 1;; ++spins) {
-    pairs.ask(at, n);
-    if (pairs.came(here.watch.tag, n) || !here.watch.again(spins)) return pairs;
-  }
-}
-__device__ inline float2 take(Here& here, const uint64_t* at) {
-  const uint64_t* const one[1] = {at};
-  return take<1>(here, one, 1)[0];
-}
-
 // A read that stays where it stands: the compiler would put it off until what is read is needed.
 __device__ inline float4 read_now(const float* at) {
   float4 four;
@@ -191,11 +191,7 @@ __device__ inline void copies_left() {  // until all but the last n groups have 
 // ---- Matrix rows times a vector. What differs between the products is known when they are compiled: constants, and no
 // questions.
 
-template <int P>
-constexpr bool kNormed = P != kOut && P != kDown;  // behind a norm
 static_assert(kMostWidth <= kMostPasses * kPassColumns);  // so a row behind a norm is one warp's, from its beginning on
-template <int P>
-constexpr int kRows = kNormed<P> ? 2 : 1;  // of a unit
 
 // Where row r of a unit begins whose first row is `row`. Only the head's last unit may have one row less.
 template <int P>
@@ -284,7 +280,7 @@ struct Rows {
 
   // Their products with `act`: without branches, so that all reads are on their way at once, as far as registers go.
   template <typename T>
-  __device__ void times(const float4* act, float (&sum)[2]) const {
+  __device__ void times(const float4* act, float (&sum)[R]) const {
     constexpr int kAtOnce = N < kMostPasses ? N : N / 2;
     float part[R][4] = {};
 #pragma unroll
@@ -309,10 +305,7 @@ struct Rows {
       if (kAtOnce < N) asm volatile("" ::: "memory");
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float(&of)[4] = part[r < R ? r : 0];
-      sum[r] = (of[0] + of[1]) + (of[2] + of[3]);
-    }
+    for (int r = 0; r < R; ++r) sum[r] = (part[r][0] + part[r][1]) + (part[r][2] + part[r][3]);
   }
 };
 

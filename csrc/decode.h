@@ -25,6 +25,10 @@ struct Shape {
 
 // A layer's four products and the head.
 enum Product { kQkv, kOut, kGateUp, kDown, kHead, kProducts };
+template <int P>
+constexpr bool kNormed = P != kOut && P != kDown;  // behind a norm
+template <int P>
+constexpr int kRows = kNormed<P> ? 2 : 1;  // of a unit
 
 // How the rows of one matrix are shared out. A unit is what one warp computes at a time: one row, or two that belong
 // together: unit u has rows u + u / run * skip and that + apart. Block b of B has units b * units / B up to

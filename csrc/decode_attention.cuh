@@ -107,7 +107,7 @@ struct Attention {
       const int i = j - asked, of_head = i < width ? i : i - width, head = s.heads + (i < width ? 0 : s.kv_heads) + kv_head;
       const int from = i < 0 ? kv_head * asked + j : head * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
-      const float2 two = take(here, here.words() + at + from);
+      const float2 two = take(here.watch, here.words() + at + from);
       if (i < 0) {
         *reinterpret_cast<float2*>(queries() + j) = make_float2(two.x * scale, two.y * scale);
       } else {
@@ -300,7 +300,7 @@ struct Attention {
       at[2 * k + 1] = here.words() + layer_words + here.plan.at_lse + 2 * (split * heads + head);
       if (first + k < end) n = 2 * k + 2;
     }
-    const Pairs<2 * kFew> got = take(here, at, n);
+    const Pairs<2 * kFew> got = take(here.watch, at, n);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
@@ -329,7 +329,7 @@ struct Attention {
         const uint64_t* from = here.words() + layer_words;
         const uint64_t* const at[2] = {from + here.plan.at_parts + run * all + row,
                                        from + here.plan.at_lse + 2 * (run * heads + head)};
-        const Pairs<2> got = take(here, at, 2);
+        const Pairs<2> got = take(here.watch, at, 2);
         const float2 two = got[0];
         const float lse = got[1].x;
         sum.scale(sum.raise(lse));

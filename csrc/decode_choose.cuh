@@ -44,7 +44,7 @@ struct Sampler {
   // keys: of the largest, and of the smallest with its sign turned.
   __device__ void receive(uint64_t& most, uint64_t& least) const {
     for (int j = here.thread; j < here.plan.blocks; j += kThreads)
-      take(here, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
+      take(here.watch, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
     constexpr int kFew = 4;
     most = least = 0;
     const int pairs = (vocab + 1) / 2;
@@ -53,7 +53,7 @@ struct Sampler {
       const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) at[k] = here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads);
-      const Pairs<kFew> got = take(here, at, n);
+      const Pairs<kFew> got = take(here.watch, at, n);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) {
         const int i = 2 * (j + k * kThreads);
@@ -188,7 +188,7 @@ __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhi
         const int n = min(kFew, (blocks - j + 31) / 32);
 #pragma unroll
         for (int k = 0; k < kFew; ++k) at[k] = here.words() + at_best + 2 * (j + k * 32);
-        const Pairs<kFew> got = take(here, at, n);
+        const Pairs<kFew> got = take(here.watch, at, n);
 #pragma unroll
         for (int k = 0; k < kFew; ++k) {
           const float2 two = got[k];
@@ -203,7 +203,7 @@ __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhi
     chosen = Sampler(here).draw(place);
     if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen), 0, 1);
   } else if (here.thread == 0) {
-    chosen = __float_as_int(take(here, here.words() + at_id).x);
+    chosen = __float_as_int(take(here.watch, here.words() + at_id).x);
   }
   if (here.thread == 0) f.chosen = min(max(chosen, 0), here.a.shape.vocab - 1);
   if (here.watch.dead) f.dead = 1;

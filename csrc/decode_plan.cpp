@@ -45,11 +45,11 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   Plan p{};
   p.blocks = blocks, p.group = group;
   const int half = s.head_dim / 2, heads = s.heads + 2 * s.kv_heads;
-  p.products[kQkv] = share(heads * half, s.dim, 2, half, half, half, blocks);  // pairs that RoPE turns
-  p.products[kOut] = share(s.dim, width, 1, s.dim, 0, 0, blocks);
-  p.products[kGateUp] = share(s.d_ff, s.dim, 2, s.d_ff, 0, s.d_ff, blocks);  // a number's gate and the number itself
-  p.products[kDown] = share(s.dim, s.d_ff, 1, s.dim, 0, 0, blocks);
-  p.products[kHead] = share((s.vocab + 1) / 2, s.dim, 2, 1, 1, 1, blocks);
+  p.products[kQkv] = share(heads * half, s.dim, kRows<kQkv>, half, half, half, blocks);  // pairs that RoPE turns
+  p.products[kOut] = share(s.dim, width, kRows<kOut>, s.dim, 0, 0, blocks);
+  p.products[kGateUp] = share(s.d_ff, s.dim, kRows<kGateUp>, s.d_ff, 0, s.d_ff, blocks);  // a number's gate and the number itself
+  p.products[kDown] = share(s.dim, s.d_ff, kRows<kDown>, s.dim, 0, 0, blocks);
+  p.products[kHead] = share((s.vocab + 1) / 2, s.dim, kRows<kHead>, 1, 1, 1, blocks);
   p.most_splits = blocks / s.kv_heads;
   p.lanes = 1;
   while (p.lanes * 8 < s.head_dim) p.lanes *= 2, ++p.lanes_log2;

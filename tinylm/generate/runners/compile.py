@@ -17,10 +17,10 @@ import torch
 from tinylm.generate.loop import Loop
 from tinylm.generate.runners.graph import capture
 from tinylm.generate.runners.protocol import Unable
-from tinylm.ops.compiling import copied
+from tinylm.ops.compiling import compiler
 
 # Matrix-vector products become generated kernels, fused with their neighbours, only where these are tuned.
-OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"coordinate_descent_tuning": True}, "cpu": {}}
+OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"coordinate_descent_tuning": True}}
 
 
 class Compile:
@@ -34,7 +34,7 @@ class Compile:
         if not loop.max_new:
             return
         span = loop.spans[0]
-        step = _compiled(self.backend, loop.model.device.type, span, _shape(loop))
+        step = _compiler(self.backend, loop.model.device.type)(_advance, span, *_shape(loop))
         self._step: Callable[[], Any] = functools.partial(step, loop, span)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler warns of what torch itself does
@@ -68,10 +68,9 @@ def _shape(loop: Loop) -> tuple[object, ...]:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(backend: Any, device: str, span: int, shape: tuple[object, ...]) -> Callable[..., None]:
-    options = OPTIONS[device] if backend == "inductor" else None
-    return torch.compile(copied(_advance), fullgraph=True, dynamic=False, backend=backend, options=options or None)
+@functools.cache
+def _compiler(backend: str | Callable[..., Any], device: str) -> Callable[..., Callable[..., Any]]:
+    return compiler(backend, OPTIONS.get(device) if backend == "inductor" else None)
 
 
 def _advance(loop: Loop, span: int) -> None:
