@@ -21,25 +21,28 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// How the work is shared out on a card of so many blocks and bytes of shared memory a block; shape: dim, layers, heads,
-// kv_heads, head_dim, d_ff, vocab. Returns the exchange's words, bytes of shared memory, positions in half of the ring, runs
-// of positions and their length for a launch that ends at `end`, then of each product: units, rows, run, skip, apart, width,
-// parts, columns, stride, each, slot.
-std::vector<int64_t> plan_of(std::vector<int64_t> shape, bool sampled, int64_t blocks, int64_t shared, int64_t end,
-                             int64_t few_splits, int64_t target) {
+// How the work is shared out among so many blocks, in clusters of `cluster`, of so many bytes of shared memory; shape: dim,
+// layers, heads, kv_heads, head_dim, d_ff, vocab. Returns the exchange's words, bytes of shared memory, positions in half of
+// the ring, for a launch that ends at `end` the runs of positions, their length and their results, then of each product: units,
+// rows, run, skip, apart, width, parts, columns, stride, each, slot.
+std::vector<int64_t> plan_of(std::vector<int64_t> shape, bool sampled, int64_t blocks, int64_t cluster, int64_t shared,
+                             int64_t end, int64_t few_splits, int64_t target) {
   STD_TORCH_CHECK(shape.size() == 7, "decode_plan: shape must be dim, layers, heads, kv_heads, head_dim, d_ff, vocab");
   int values[7];
   for (int i = 0; i < 7; ++i) {
     STD_TORCH_CHECK(shape[i] > 0 && shape[i] <= INT32_MAX, "decode_plan: a shape of ", shape[i]);
     values[i] = static_cast<int>(shape[i]);
   }
+  STD_TORCH_CHECK(cluster > 0 && blocks > 0 && blocks % cluster == 0, "decode_plan: ", blocks, " blocks in clusters of ",
+                  cluster);
   const Shape s{values[0], values[1], values[2], values[3], values[4], values[5], values[6]};
   Plan p;
-  const char* why = make_plan(s, sampled, static_cast<int>(blocks), static_cast<int>(shared), &p);
+  const char* why = make_plan(s, sampled, static_cast<int>(blocks), static_cast<int>(cluster),
+                              static_cast<int>(shared), &p);
   if (why != nullptr) throw std::runtime_error(why);
   STD_TORCH_CHECK(end > 0 && few_splits > 0 && target > 0, "decode_plan: end, few_splits and target must be positive");
   const Splits splits = make_splits(p, static_cast<int>(end), static_cast<int>(few_splits), static_cast<int>(target));
-  std::vector<int64_t> all{p.words, p.shared, p.tile, splits.count, splits.span};
+  std::vector<int64_t> all{p.words, p.shared, p.tile, splits.count, splits.span, splits.results};
   for (const Matrix& m : p.products)
     for (int value : {m.units, m.rows, m.run, m.skip, m.apart, m.width, m.parts, m.columns, m.stride, m.each, m.slot})
       all.push_back(value);
@@ -67,7 +70,7 @@ const void* checked(const Tensor& t, const char* name, ScalarType dtype, int32_t
 void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values, Tensor ids, Tensor position,
             Tensor stops, Tensor exchange, Tensor status, int64_t heads, int64_t vocab, int64_t first_position,
             int64_t tokens, int64_t epoch, double eps, double temperature, int64_t top_k, int64_t noise_start,
-            int64_t noise_stride, int64_t copies, int64_t few_splits, int64_t target, int64_t leave) {
+            int64_t noise_stride, int64_t copies, int64_t few_splits, int64_t target, int64_t cluster, int64_t leave) {
   STD_TORCH_CHECK(weights.size() >= 9 && weights.size() % 6 == 3, "decode: 3 weights and 6 for each layer are needed");
   const int64_t layers = static_cast<int64_t>(weights.size()) / 6;
   STD_TORCH_CHECK(layers <= kMostLayers, "decode: at most ", kMostLayers, " layers");
@@ -124,6 +127,7 @@ void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values
   STD_TORCH_CHECK(epoch > 0 && epoch + tokens <= INT32_MAX, "decode: an epoch of ", epoch);
   STD_TORCH_CHECK(copies >= 1 && copies <= 16 && few_splits >= 1 && target >= 1 && few_splits < 1 << 20 && target < 1 << 20,
                   "decode: copies must be 1 to 16, few_splits and target positive");
+  STD_TORCH_CHECK(cluster == 1 || cluster == 2 || cluster == 4, "decode: clusters of ", cluster, " blocks");
   STD_TORCH_CHECK(eps > 0 && (temperature == 0 || static_cast<float>(temperature) > 0), "decode: eps ", eps, ", temperature ",
                   temperature);
   STD_TORCH_CHECK(top_k >= 0, "decode: top_k ", top_k);
@@ -137,6 +141,7 @@ void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values
   a.top_k = top_k < vocab ? static_cast<int>(top_k) : 0;
   a.copies = static_cast<int>(copies), a.leave = static_cast<int>(leave);
   a.few_splits = static_cast<int>(few_splits), a.target = static_cast<int>(target);
+  a.cluster = static_cast<int>(cluster);
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "decode: this torch has no CUDA");
@@ -153,12 +158,12 @@ void decode(std::vector<Tensor> weights, Tensor rope, Tensor keys, Tensor values
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tinylm, m) {
   m.def(
-      "decode_plan(int[] shape, bool sampled, int blocks, int shared, int end, int few_splits, int target) -> int[]");
+      "decode_plan(int[] shape, bool sampled, int blocks, int cluster, int shared, int end, int few_splits, int target) -> int[]");
   m.def(
       "decode(Tensor[] weights, Tensor rope, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) ids, Tensor(d!) position,"
       " Tensor stops, Tensor(e!) exchange, Tensor(f!) status, int heads, int vocab, int first_position, int tokens,"
       " int epoch, float eps, float temperature, int top_k, int noise_start, int noise_stride, int copies,"
-      " int few_splits, int target, int leave) -> ()");
+      " int few_splits, int target, int cluster, int leave) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tinylm, CompositeExplicitAutograd, m) {

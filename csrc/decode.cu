@@ -30,15 +30,28 @@
 //   a code for each product, so that which one it is and its sizes are no questions (8,650 instructions): 54 / 65 / 97 and 184,
 //     not 53; and now those who fetch come last
 //   polls begun after the prefetch, not before: 51 / 65 / 95 and 183
-//   this, which polls when it has nothing else left to do: 47 / 59 / 90 and 162, not 51; with longer runs of positions that
-//     readers add up (288, up to 12 of them) 4,096 in 86. Trips in vain come back a whole trip later, and are in the way of
-//     others:
+//   polls when nothing else is left to do: 47 / 59 / 90 and 162, not 51; with longer runs of positions that readers add up (288,
+//     up to 12 of them) 4,096 in 86. Trips in vain come back a whole trip later, and are in the way of others:
 //   two trips under way at once: 55 / 65 / 100 and 190, three: 58 / 70 / 104 and 192, not 45; dropped
 //   a warp that remembers when its input came, and asks no sooner: 53 to 79, not 47: who is late makes all late; dropped
+//   parts of attention as records with their weight, 16 bytes instead of 32: 48 / 57 / 81 and 159
+//   those of a cluster's blocks added up in the shared memory of its first one: 4,096 in 78 and 8,192 in 91 instead of 98, not
+//     65 and 82. Of four blocks, of which 120 find room; of two, 132, for the longest texts; for short ones it is slower
+//   keys and values by bulk copies: 49 / 59 / 80, not 70 at 4,096; in two turns, a phase apart, the same; dropped
+//   attention by tensor cores: 51 / 57 / 80, not 43 / 47 / 66. Nsight Compute, of 3,050 cycles from the queries to the result:
+//     850 for scores and sums of 16 positions, 2,100 on both sides of its second barrier, for divisions by sizes that the launch
+//     knows, places that are computed anew, and branches. With those in shared memory, and keys read before the queries are
+//     there: 47.7 / 54 / 74 and 156
+//   this, with results' places in a table, and one address of shared memory that the compiler does not ask the card for again:
+//     47.5 / 55 / 74 and 154; attention is .2 us shorter, not .5. Among the k largest of 50,257 logits 27 us, not 56, by a list
+//   warps that wait for nothing go through the instructions behind the barrier once before: of attention, 55 / 60 / 81 and
+//     166; of products, 49.5 / 57 / 73 and 154; dropped
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 
 namespace tinylm::decode {
+
+constexpr int kAlone = 8;  // runs of positions whose results are added up faster without clusters
 
 template <typename T>
 struct Step {
@@ -218,11 +231,11 @@ struct Step {
     }
     if constexpr (P == kOut) {
       if (!(a.leave & kLeaveAttention)) {
-        const int end = position / splits.span + 1;  // runs of positions that are begun
+        const int end = position / (splits.span * splits.runs) + 1;  // results that are begun
         attention.run(words, layer, position);
-        if (splits.count > a.few_splits) {
+        if (splits.results > a.few_splits) {
           attention.combine(words, layer, end);
-        } else if (splits.count > 1) {
+        } else if (splits.results > 1) {
           if (n > 0) got.set(0, Attention<T>::result(here, words, end, thread));
           asked = 0;
         }
@@ -231,7 +244,9 @@ struct Step {
     }
     const Mine mine = here.fixed.mine[P][here.warp];
     const int count = same(mine.count);
-    copies_left<4>();  // four groups at least were asked for after this product's: five a layer, and the head's
+    // Four groups at least were asked for after this product's: five a layer, and the head's. Two after attention's.
+    if (P == kQkv && splits.span <= Attention<T>::kEarly) copies_left<2>();
+    else copies_left<4>();
     // Its barrier is the same one for all warps, whichever of its copies they come by.
     auto fill = [&]() __attribute__((always_inline)) {
       if (asked > 0) got = take(here.watch, at, asked);
@@ -306,8 +321,13 @@ struct Step {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_tokens(const __grid_constant__ Decode a, const __grid_constant__ Plan plan, const __grid_constant__ Splits splits) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ Static fixed;
+  extern __shared__ __align__(128) unsigned char all_shared[];
+  // One address for all of it, and the compiler does not know where it comes from: it would ask the card again each time.
+  unsigned where = shared_address(all_shared);
+  asm volatile("" : "+r"(where));
+  auto* const own = static_cast<unsigned char*>(__cvta_shared_to_generic(where));
+  Static& fixed = *reinterpret_cast<Static*>(own);
+  unsigned char* const shared = own + kOwnShared;
   static_assert(sizeof(Static) <= kOwnShared);
   const int thread = static_cast<int>(threadIdx.x);
   Here here{a, plan, fixed, shared, static_cast<int>(blockIdx.x), same(thread / 32), thread % 32, thread,
@@ -318,15 +338,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread < kProducts * kWarps)
     fixed.mine[thread / kWarps][thread % kWarps] =
         share_of(a, plan, thread / kWarps, here.block, thread % kWarps);
-  if (thread < kWarps) {
-    const int group = a.shape.heads / a.shape.kv_heads;
-    fixed.group_head[thread] = thread % group, fixed.group_part[thread] = thread / group;
-  }
   if (thread == 0) {
     fixed.dead = fixed.bin = fixed.need = 0;
-    fixed.group_parts = kWarps * a.shape.kv_heads / a.shape.heads;
+    barrier_init(&fixed.gathered);
     fixed.kv_head = here.block / splits.count;
     fixed.split = fixed.kv_head < a.shape.kv_heads ? here.block % splits.count : -1;
+    fixed.rank = fixed.split % splits.runs;
+    // Four warps' sums a lane, if there are lanes enough.
+    fixed.pairs = plan.group << (4 + plan.halves);
+    fixed.adds_log2 = plan.parts * splits.runs > 16 && 16 * fixed.pairs <= kThreads ? 4 : 4 * fixed.pairs <= kThreads ? 2 : 0;
+    fixed.at_result = splits.results == 1 ? plan.at_attention
+                                          : plan.at_parts + fixed.split / splits.runs * a.shape.heads * a.shape.head_dim;
   }
   int position = static_cast<int>(a.first_position), token = 0;
   if (const int64_t id = a.ids[position]; id >= 0 && id < a.embed_rows) {
@@ -337,8 +359,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (*static_cast<volatile int32_t*>(a.status) != 0) here.watch.dead = true;
   __syncthreads();
+  if (plan.cluster > 1) meet_cluster();
 
   Step<T> step(here, splits);
+  step.attention.begin();
   step.ask_all(position);
   bool stopped = false;
   auto done = [&] { return static_cast<int>(here.watch.tag - a.epoch); };  // tokens
@@ -349,6 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < a.stop_count; ++i) stopped = stopped || a.stops[i] == token;
   }
   copies_left<0>();
+  if (plan.cluster > 1) meet_cluster();  // no block goes that another one may still write to
   if (here.block == 0 && thread == 0) {
     // After a stop its token again; after a failure no token at all.
     for (int i = done(); i < a.tokens; ++i) a.ids[a.first_position + i + 1] = token;
@@ -356,47 +381,58 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-namespace {
-
-template <typename T>
-const char* launch(const Decode& a, const Plan& plan, const Splits& splits, int device, cudaStream_t stream) {
-  const void* kernel = reinterpret_cast<const void*>(decode_tokens<T>);
+const char* decode_cuda(const Decode& a, void* stream) {
+  static_assert(sizeof(Decode) + sizeof(Plan) + sizeof(Splits) <= 4096, "a kernel's arguments");
+  const void* kernel = a.bf16 ? reinterpret_cast<const void*>(decode_tokens<__nv_bfloat16>)
+                              : reinterpret_cast<const void*>(decode_tokens<__half>);
   auto told = [](cudaError_t error) {
     cudaGetLastError();  // it is told here, and not again
     return cudaGetErrorString(error);
   };
-  // Always the same: another thread may be about to launch the kernel with more. The rest is the kernel's own.
-  const int most = static_cast<int>(this_card().shared_block) - kOwnShared;
+  const Card& card = this_card();
+  // Always the same: another thread may be about to launch the kernel with more.
+  const int most = static_cast<int>(card.shared_block);
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return told(error);
-  int cooperative = 0, fit = 0;
+  int device = 0, cooperative = 0, fit = 0;
+  cudaGetDevice(&device);
   if (auto error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device)) return told(error);
   if (!cooperative) return "the card has no cooperative launches";
-  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, plan.shared))
-    return told(error);
+  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, most)) return told(error);
   if (fit < 1) return "a block of 512 threads does not fit a multiprocessor";
-  if (a.tokens == 0) return nullptr;
-  void* arguments[] = {const_cast<Decode*>(&a), const_cast<Plan*>(&plan), const_cast<Splits*>(&splits)};
-  if (auto error = cudaLaunchCooperativeKernel(kernel, dim3(plan.blocks), dim3(kThreads), arguments, plan.shared, stream))
-    return told(error);
-  return nullptr;
-}
 
-}  // namespace
-
-const char* decode_cuda(const Decode& a, void* stream) {
-  static_assert(sizeof(Decode) + sizeof(Plan) + sizeof(Splits) <= 4096, "a kernel's arguments");
-  int device = 0;
-  cudaGetDevice(&device);
-  const Card& card = this_card();
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeCooperative, attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension, attributes[1].val.clusterDim = {1, 1, 1};
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(kThreads), launch.dynamicSmemBytes = most, launch.stream = static_cast<cudaStream_t>(stream);
+  launch.attrs = attributes;
   Plan plan;
-  if (const char* why = make_plan(a.shape, a.temperature > 0.0f, card.multiprocessors,
-                                  static_cast<int>(card.shared_block), &plan))
-    return why;
+  // Clusters of four leave some multiprocessors without work on most cards, those of two none: they are for where those
+  // of four would have runs twice as long. Few runs' results are added up faster without.
+  const int end = static_cast<int>(a.first_position) + a.tokens, runs = (end + a.target - 1) / a.target;
+  for (int cluster = card.clusters && runs > kAlone ? a.cluster : 1;; cluster /= 2) {
+    int blocks = static_cast<int>(card.multiprocessors);
+    launch.numAttrs = cluster > 1 ? 2 : 1;
+    if (cluster > 1) {
+      attributes[1].val.clusterDim.x = cluster;
+      launch.gridDim = dim3(blocks / cluster * cluster);
+      int clusters = 0;
+      if (auto error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch)) return told(error);
+      if (5 * clusters * cluster < 4 * blocks) continue;
+      blocks = clusters * cluster;
+    }
+    const char* why = make_plan(a.shape, a.temperature > 0.0f, blocks, cluster, static_cast<int>(card.shared_block), &plan);
+    if (cluster == 1 && why != nullptr) return why;
+    if (why == nullptr && (cluster <= 2 || end <= 2 * a.target * plan.most_splits)) break;
+  }
   if (a.exchange_words < a.copies * plan.words) return "the exchange is too small";
   if ((a.leave & kLeaveHead) && a.temperature > 0.0f) return "sampling needs the head";
-  const Splits splits = make_splits(plan, static_cast<int>(a.first_position) + a.tokens, a.few_splits, a.target);
-  auto* on = static_cast<cudaStream_t>(stream);
-  return a.bf16 ? launch<__nv_bfloat16>(a, plan, splits, device, on) : launch<__half>(a, plan, splits, device, on);
+  const Splits splits = make_splits(plan, end, a.few_splits, a.target);
+  if (a.tokens == 0) return nullptr;
+  launch.gridDim = dim3(plan.blocks), launch.dynamicSmemBytes = plan.shared + kOwnShared;
+  void* arguments[] = {const_cast<Decode*>(&a), &plan, const_cast<Splits*>(&splits)};
+  if (auto error = cudaLaunchKernelExC(&launch, kernel, arguments)) return told(error);
+  return nullptr;
 }
 
 }  // namespace tinylm::decode

@@ -23,6 +23,23 @@ __device__ inline ulonglong2 words_at(const uint64_t* at) {
   return two;
 }
 
+// A record of 16 bytes, {pair of fp32, fp32, tag}: one access too.
+__device__ inline void put_record(uint64_t* at, float2 two, float third, unsigned tag) {
+  const uint64_t pair = uint64_t{__float_as_uint(two.y)} << 32 | __float_as_uint(two.x);
+  asm volatile(
+      "{\n\t.reg .b128 all;\n\tmov.b128 all, {%1, %2};\n\tst.relaxed.gpu.global.b128 [%0], all;\n\t}" ::"l"(at), "l"(pair),
+      "l"(word(third, tag))
+      : "memory");
+}
+__device__ inline ulonglong2 record_at(const uint64_t* at) {
+  ulonglong2 two;
+  asm volatile("{\n\t.reg .b128 all;\n\tld.relaxed.gpu.global.b128 all, [%2];\n\tmov.b128 {%0, %1}, all;\n\t}"
+               : "=l"(two.x), "=l"(two.y)
+               : "l"(at)
+               : "memory");
+  return two;
+}
+
 constexpr unsigned kPatience = 4'000'000;  // times that a word is asked for, .4 us each at least
 constexpr int kLate = 1, kNoToken = 2;      // in status[0]
 enum Wait { kAttention = kProducts, kCombine, kChoose };  // after the products'
@@ -49,34 +66,37 @@ struct Watch {
   }
 };
 
-// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n. The rest counts as 0.
-template <int N>
+// Pairs of words at[i][0], at[i][1], at[i] aligned to 16 bytes, of i < n; or records. The rest counts as 0.
+template <int N, bool kRecords = false>
 struct Pairs {
   ulonglong2 two[N] = {};
 
   __device__ void ask(const uint64_t* const (&at)[N], int n) {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i < n) two[i] = words_at(at[i]);
+      if (i < n) two[i] = kRecords ? record_at(at[i]) : words_at(at[i]);
   }
   __device__ bool came(unsigned tag, int n) const {
     unsigned wrong = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i < n) wrong |= (static_cast<unsigned>(two[i].x >> 32) ^ tag) | (static_cast<unsigned>(two[i].y >> 32) ^ tag);
+      if (i < n)
+        wrong |= (kRecords ? 0 : static_cast<unsigned>(two[i].x >> 32) ^ tag) | (static_cast<unsigned>(two[i].y >> 32) ^ tag);
     return wrong == 0;
   }
   __device__ void set(int i, float2 to) { two[i].x = __float_as_uint(to.x), two[i].y = __float_as_uint(to.y); }
   __device__ float2 operator[](int i) const {
-    return make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)), __uint_as_float(static_cast<unsigned>(two[i].y)));
+    return make_float2(__uint_as_float(static_cast<unsigned>(two[i].x)),
+                       __uint_as_float(static_cast<unsigned>(kRecords ? two[i].x >> 32 : two[i].y)));
   }
+  __device__ float third(int i) const { return __uint_as_float(static_cast<unsigned>(two[i].y)); }
 };
 
 // Words, when they are there. To be called as late as can be: who asks too early has lost the time of a trip, and trips in vain
 // are in the way of others.
-template <int N>
-__device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
-  Pairs<N> pairs;
+template <bool kRecords = false, int N>
+__device__ inline Pairs<N, kRecords> take(Watch& watch, const uint64_t* const (&at)[N], int n) {
+  Pairs<N, kRecords> pairs;
   if (n <= 0) return pairs;
   for (unsigned spins = 1;; ++spins) {
     pairs.ask(at, n);
@@ -85,7 +105,73 @@ __device__ inline Pairs<N> take(Watch& watch, const uint64_t* const (&at)[N], in
 }
 __device__ inline float2 take(Watch& watch, const uint64_t* at) {
   const uint64_t* const one[1] = {at};
-  return take<1>(watch, one, 1)[0];
+  return take(watch, one, 1)[0];
+}
+
+// ---- Among blocks of a cluster: numbers go into the shared memory of one of them, whose barrier counts their bytes.
+
+#if __CUDA_ARCH__ >= 900
+#define TINYLM_CLUSTERS 1
+#endif
+
+__device__ inline unsigned shared_address(const void* at) { return static_cast<unsigned>(__cvta_generic_to_shared(at)); }
+// All threads of a cluster.
+__device__ inline void meet_cluster() {
+#ifdef TINYLM_CLUSTERS
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// The place of `at` in the block of this rank.
+__device__ inline unsigned place_in(int rank, const void* at) {
+  unsigned address = 0;
+#ifdef TINYLM_CLUSTERS
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(at)), "r"(rank));
+#endif
+  return address;
+}
+__device__ inline void send4(unsigned to, const float4& four, unsigned barrier) {
+#ifdef TINYLM_CLUSTERS
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w), "r"(barrier)
+               : "memory");
+#endif
+}
+__device__ inline void send2(unsigned to, float one, float other, unsigned barrier) {
+#ifdef TINYLM_CLUSTERS
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(one),
+               "f"(other), "r"(barrier)
+               : "memory");
+#endif
+}
+__device__ inline void barrier_init(uint64_t* barrier) {
+#ifdef TINYLM_CLUSTERS
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+// One thread, once a phase.
+__device__ inline void expect(uint64_t* barrier, int bytes) {
+#ifdef TINYLM_CLUSTERS
+  asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n\t}" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+// Until all bytes of the phase of this parity are there.
+__device__ inline void wait_for_bytes(Watch& watch, uint64_t* barrier, int parity) {
+#ifdef TINYLM_CLUSTERS
+  for (unsigned spins = 1; !watch.dead; ++spins) {
+    int came;
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2, %3;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(came)
+        : "r"(shared_address(barrier)), "r"(parity), "r"(1000)  // ns
+        : "memory");
+    if (came || !watch.again(spins)) return;
+  }
+#endif
 }
 
 // ---- A block's place, and what its threads find in shared memory.
@@ -125,12 +211,24 @@ __device__ inline Mine share_of(const Decode& a, const Plan& plan, int product, 
   return mine;
 }
 
+// What a warp does of attention: `part` of the positions (parts or more: nothing), for up to eight heads and 64 numbers.
+struct alignas(16) Role {
+  int part, heads;
+  int queries;  // where those of its heads begin
+  int first;    // of its numbers, in eights
+  int sums;     // where its own begin
+};
+
 // What stays the same is here too, where it takes no registers.
 struct Static {
   Mine mine[kProducts][kWarps];
   int kv_head, split;  // of attention; no work: split -1
-  // Of a warp there: which query head of the group, with which part of the run.
-  int group_parts, group_head[kWarps], group_part[kWarps];
+  int rank;            // of the run, of those of its result
+  int at_result;       // the result's word, but for its row
+  Role roles[kWarps];
+  int pairs, adds_log2;  // of a result's numbers, and lanes that add one up
+  uint64_t gathered;   // the barrier of a cluster's first block, for the sums of all its warps
+  unsigned there, there_gathered;  // in this result's first block: where sums begin, and its barrier
   float rope[2][kNoTurn + 1];  // of the position: cosines, and sines as they are for the first of a pair (negative)
   uint64_t keys[kWarps];
   float kth;

@@ -14,7 +14,9 @@ constexpr int kMostGroup = kWarps;  // query heads of one key head: a warp has o
 constexpr int kMostStops = 32;
 constexpr int kBins = 256;     // of the sampler's histogram
 constexpr int kCandidates = 512;
-constexpr int kOwnShared = 4096;  // bytes of shared memory that the kernel has beside what a plan gives it, at most
+constexpr int kListed = 1024;  // logits that may be among the largest, where all are too many for shared memory
+constexpr int kLists = 4 * (kThreads + 2 * kListed);
+constexpr int kOwnShared = 4096;  // bytes of shared memory that the kernel takes beside what a plan gives it
 
 // Parts of the work that a launch may leave out, to see what they take. What comes out means nothing then.
 enum Leave { kLeaveAttention = 1, kLeaveMlp = 2, kLeaveHead = 4 };
@@ -45,32 +47,37 @@ struct Matrix {
 };
 
 struct Plan {
-  int blocks;
+  int blocks, cluster;  // blocks that reach one another's shared memory
   Matrix products[kProducts];
   int act, squares;  // floats in each of two buffers of what a phase reads; behind them, of the sum of squares
   int tile;      // positions in each half of the ring of keys and values
   int ring;      // bytes: where its keys start, values after them
-  int scratch;   // bytes: of attention
+  int scratch, places;  // bytes: of attention; of where its results go
   int bins;      // bytes: the sampler's histogram, then its candidates
   int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
+  int lists;     // bytes: then of what threads find to be largest, and of logits that may be among the k largest; -1: of none
   int shared;    // bytes in all
   int group;     // query heads of a key head
-  int most_splits;
-  int lanes, lanes_log2;  // of a position in attention, 8 numbers a lane
+  int most_splits;  // of a key head's positions, a multiple of `cluster`
+  // Of attention: a position's chunks of 8 numbers, their logarithm (-1: it is none), what bits of its place turn them; of a
+  // warp's work, sixty-fours of numbers and eights of heads, which are other warps'; warps that share positions; numbers that
+  // one of them has of a head.
+  int chunks, chunks_log2, turn, halves, eights, parts, pitch;
   // The exchange, in words of 8 bytes: of a layer, then of what comes after the last one, and all of one copy.
-  int at[kHead], at_parts, at_lse, at_attention, layer;  // `at`: of a product's results
+  int at[kHead], at_parts, at_attention, layer;  // `at`: of a product's results
   int at_logits, at_best, at_id, words;
 };
 
-// For a card of so many blocks (multiprocessors) and bytes of shared memory a block. Null, or why there is none.
-const char* make_plan(const Shape&, bool sampled, int blocks, int shared, Plan*);
+// For so many blocks, a multiple of `cluster`, and bytes of shared memory a block. Null, or why there is none.
+const char* make_plan(const Shape&, bool sampled, int blocks, int cluster, int shared, Plan*);
 
-// Positions 0 to `end` in runs of `span`, one for each block of a key head. Fixed within a launch.
+// Positions 0 to `end` in runs of `span`, one for each block of a key head: one, or as many as there are blocks in some
+// clusters, of which each has one result. Fixed within a launch.
 struct Splits {
-  int count, span;
+  int count, span, results, runs;  // runs of a result
 };
-// `target` positions to a run. Up to `few` runs, of up to twice as many positions if the ring has them, whoever reads attention's results adds
-// them up; if it takes more, a block of each key head does, a phase of its own.
+// `target` positions to a run. Up to `few` results, of up to twice as many positions to a run if the ring has them, whoever
+// reads attention's results adds up; if it takes more, the blocks of each key head do, a phase of its own.
 Splits make_splits(const Plan&, int end, int few, int target);
 
 struct Layer {
@@ -99,6 +106,7 @@ struct Decode {
   uint32_t epoch;  // tag of the first token; those of the others follow
   int tokens, stop_count, top_k, copies, leave;
   int few_splits, target;  // see make_splits
+  int cluster;  // blocks, at most
   bool bf16;
 };
 

@@ -1,4 +1,7 @@
-// Attention of one new token: block (key head, split) takes a run of positions, for all query heads of the group.
+// Attention of one new token: block (key head, split) takes a run of positions, for all query heads of the group, a warp 16
+// positions at a time, by tensor cores. Queries and weights, in fp32, go in as two numbers each, in rows h and h + 8 for head h:
+// what is nearest in the dtype of keys and values and what that lacks, so that some 16 bits of them count. Blocks of a cluster
+// send what each of their warps has summed up to the first one of them, which makes one result of it.
 //
 // A position is always the same block's within a launch: it reads the token's key and value from the exchange, appends them
 // to the cache, and is the only one that reads them there again before the launch ends. So no fence is needed: what a block
@@ -12,8 +15,7 @@ namespace tinylm::decode {
 // A sum of values weighted by 2^score, kept in units of 2^most.
 template <int N>
 struct Weighted {
-  float most = -INFINITY, total = 0.0f;
-  alignas(16) float sum[N] = {};
+  float most = -INFINITY, total = 0.0f, sum[N] = {};
 
   // What the sums are to be multiplied by, so that a score up to `next` fits. -inf alone has nothing to multiply.
   __device__ float raise(float next) {
@@ -28,17 +30,15 @@ struct Weighted {
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] *= by;
   }
-  // Of all lanes whose number differs in bits from `low` up to, not including, `high`. Branches, not a loop: the shuffles of
-  // a step are on their way together.
-  __device__ void meet(int low, int high) {
+  // Of kLanes lanes side by side.
+  template <int kLanes>
+  __device__ void meet() {
     float next = most;
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2)
-      if (offset >= low && offset < high) next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
+    for (int offset = 1; offset < kLanes; offset *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, offset));
     scale(raise(next));
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      if (offset < low || offset >= high) continue;
+    for (int offset = 1; offset < kLanes; offset *= 2) {
       total += __shfl_xor_sync(~0u, total, offset);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], offset);
@@ -46,12 +46,72 @@ struct Weighted {
   }
 };
 
+// Four 8 x 8 matrices of 16-bit numbers out of shared memory: lanes 8 i to 8 i + 7 say where the rows of number i are.
+template <bool kTransposed>
+__device__ inline uint4 matrices(const void* row) {
+  uint4 four;
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+                 : "r"(shared_address(row)));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+                 : "r"(shared_address(row)));
+  }
+  return four;
+}
+// d [16, 8] += a [16, 16] * b [16, 8], as mma.m16n8k16 has them.
+template <typename T>
+__device__ inline void multiply_tile(float (&d)[4], const uint4& a, unsigned low, unsigned high) {
+#if __CUDA_ARCH__ >= 800 && !defined(TINYLM_NO_MMA)
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(low), "r"(high));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(low), "r"(high));
+  }
+#else
+  // Turing has none for bf16: the same from what other lanes hold.
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  auto dot = [](unsigned one, unsigned other, float sum) {
+    const float2 x = widen2(one, T()), y = widen2(other, T());
+    return fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
+  };
+#pragma unroll 1
+  for (int t = 0; t < 4; ++t) {
+    const int row = lane / 4 * 4 + t;
+    const unsigned a0 = __shfl_sync(~0u, a.x, row), a1 = __shfl_sync(~0u, a.y, row);
+    const unsigned a2 = __shfl_sync(~0u, a.z, row), a3 = __shfl_sync(~0u, a.w, row);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = (lane % 4 * 2 + i) * 4 + t;
+      const unsigned b0 = __shfl_sync(~0u, low, column), b1 = __shfl_sync(~0u, high, column);
+      d[i] = dot(a0, b0, dot(a2, b1, d[i]));
+      d[i + 2] = dot(a1, b0, dot(a3, b1, d[i + 2]));
+    }
+  }
+#endif
+}
+// Two numbers as two of 16 bits each: what is nearest, and what that lacks.
+template <typename T>
+__device__ inline uint2 split2(float2 two) {
+  const unsigned high = narrow2(two, T());
+  const float2 near = widen2(high, T());
+  return make_uint2(high, narrow2(make_float2(two.x - near.x, two.y - near.y), T()));
+}
+
 template <typename T>
 struct Attention {
   Here& here;
   const Splits& splits;
   const int &group, &width;  // query heads of a key head; head_dim
   const int &kv_head, &split;
+  const int &runs, &rank;  // blocks that have a result together, and which of them this one is
+  static constexpr int kEarly = 256;  // so short a run is waited for a product before it is needed
 
   __device__ Attention(Here& here, const Splits& splits)
       : here(here),
@@ -59,15 +119,50 @@ struct Attention {
         group(here.plan.group),
         width(here.a.shape.head_dim),
         kv_head(here.fixed.kv_head),
-        split(here.fixed.split) {}
+        split(here.fixed.split),
+        runs(splits.runs),
+        rank(here.fixed.rank) {}
 
   __device__ T* ring_keys() const { return reinterpret_cast<T*>(here.shared + here.plan.ring); }
   __device__ T* ring_values() const { return ring_keys() + 2 * here.plan.tile * width; }
-  // Queries, [group, width], times log2(e) / sqrt(width); key and value of the token; and of every warp, [kWarps, width + 4],
-  // sums, most, total.
-  __device__ float* queries() const { return reinterpret_cast<float*>(here.shared + here.plan.scratch); }
-  __device__ T* newest() const { return reinterpret_cast<T*>(queries() + group * width); }
+  // Queries times log2(e) / sqrt(width), as the tensor cores take them: for each eight heads and 16 numbers a lane's four
+  // pairs; key and value of the token; and the sums of every warp of a result, of each head `plan.pitch` numbers.
+  __device__ uint4* queries() const { return reinterpret_cast<uint4*>(here.shared + here.plan.scratch); }
+  __device__ T* newest() const { return reinterpret_cast<T*>(queries() + here.plan.eights * here.plan.halves * 4 * 32); }
   __device__ float* of_warps() const { return reinterpret_cast<float*>(newest() + 2 * width); }
+
+  // Where a pair of a result's numbers is: of the first warp's sums, with its head's greatest score and total; in the exchange,
+  // from the layer's first word on, or -1: nowhere.
+  struct Place {
+    uint16_t numbers, extent;
+    int at;
+  };
+  __device__ Place* places() const { return reinterpret_cast<Place*>(here.shared + here.plan.places); }
+
+  // Once, of all threads.
+  __device__ void begin() const {
+    const int halves = here.plan.halves, eights = here.plan.eights, parts = here.plan.parts;
+    if (here.thread < kWarps) {
+      const int half = here.thread % halves, eight = here.thread / halves % eights;
+      Role& role = here.fixed.roles[here.thread];
+      role.part = here.thread / (halves * eights);
+      role.heads = role.part < parts ? min(8, group - 8 * eight) : 0;
+      role.queries = eight * halves * 4 * 32, role.first = 8 * half;
+      role.sums = ((rank * parts + role.part) * group + 8 * eight) * here.plan.pitch + half * 64;
+    }
+    const int log2 = 4 + halves;
+    for (int i = here.thread; i < here.fixed.pairs; i += kThreads) {
+      const int head = i >> log2, pair = i & ((1 << log2) - 1), of_head = pair / 32 * 64 + pair % 8 * 8 + pair / 8 % 4 * 2;
+      const int at = here.fixed.at_result + (kv_head * group + head) * width + of_head;
+      places()[i] = {static_cast<uint16_t>(head * here.plan.pitch + 2 * pair),
+                     static_cast<uint16_t>((head + 1) * here.plan.pitch - 4), of_head < width ? at : -1};
+    }
+    if (here.thread == 0 && runs > 1 && split >= 0) {
+      const int first = here.block % here.plan.cluster - rank;
+      here.fixed.there = place_in(first, of_warps()), here.fixed.there_gathered = place_in(first, &here.fixed.gathered);
+    }
+    __syncthreads();
+  }
 
   // Which head the even number `row` of a vector of heads is of: pairs are qkv's units, in runs of half a head.
   __device__ static int head_of(const Here& here, int row) { return run_of(here.plan.products[kQkv], row / 2); }
@@ -78,14 +173,18 @@ struct Attention {
     return ((int64_t{layer} * here.a.shape.kv_heads + kv_head) * here.a.context + position) * width;
   }
 
+  // Where 8 numbers of a place's row are: in an order in which the same of eight rows lie in different banks.
+  __device__ int place_of(int place, int chunk) const { return place * width + 8 * (chunk ^ (place & here.plan.turn)); }
   // Asks for keys and values of the run's positions from to `to`, to places of the ring from `place` on.
   __device__ void ask(int layer, int from, int to, int place) const {
     const int64_t start = row_of(layer, split * splits.span + from);
     const T *keys = static_cast<const T*>(here.a.keys) + start, *values = static_cast<const T*>(here.a.values) + start;
 #pragma unroll 1
-    for (int i = here.thread * 8; i < (to - from) * width; i += kThreads * 8) {
-      copy16(reinterpret_cast<uint4*>(ring_keys() + place * width + i), keys + i);
-      copy16(reinterpret_cast<uint4*>(ring_values() + place * width + i), values + i);
+    for (int i = here.thread; i < (to - from) * here.plan.chunks; i += kThreads) {
+      const int row = here.plan.chunks_log2 >= 0 ? i >> here.plan.chunks_log2 : i / here.plan.chunks;
+      const int at = place_of(place + row, i - row * here.plan.chunks);
+      copy16(reinterpret_cast<uint4*>(ring_keys() + at), keys + 8 * i);
+      copy16(reinterpret_cast<uint4*>(ring_values() + at), values + 8 * i);
     }
   }
   // What of a layer can be there before the token at `position` is: a group of copies.
@@ -107,84 +206,156 @@ struct Attention {
       const int i = j - asked, of_head = i < width ? i : i - width, head = s.heads + (i < width ? 0 : s.kv_heads) + kv_head;
       const int from = i < 0 ? kv_head * asked + j : head * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
+      // Of a query: pair d % 8 / 2 of the first or the second 8 of 16 numbers.
+      const int of_group = head_of(here, max(j, 0)), d = j - of_group * width;
+      const int to = pinned(i < 0 ? ((of_group / 8 * here.plan.halves * 4 + d / 16) * 32 + of_group % 8 * 4 + d % 8 / 2) * 16 +
+                                        d / 8 % 2 * 8
+                                  : i * static_cast<int>(sizeof(T)));
       const float2 two = take(here.watch, here.words() + at + from);
       if (i < 0) {
-        *reinterpret_cast<float2*>(queries() + j) = make_float2(two.x * scale, two.y * scale);
+        *reinterpret_cast<uint2*>(reinterpret_cast<unsigned char*>(queries()) + to) =
+            split2<T>(make_float2(two.x * scale, two.y * scale));
       } else {
         const unsigned narrow = narrow2(two, T());
-        *reinterpret_cast<unsigned*>(newest() + i) = narrow;
+        *reinterpret_cast<unsigned*>(reinterpret_cast<unsigned char*>(newest()) + to) = narrow;
         *reinterpret_cast<unsigned*>(stream) = narrow;
       }
     }
   }
 
-  // Positions from to `to` of the run, place `p - shift` of the ring, or `newest` for the one at `old`: a query head a warp,
-  // its positions shared out among the warps that have the same one, and 8 numbers of a row a lane.
-  struct Lanes {
-    int slots, slot, first;  // positions of a warp at once; of this lane; its numbers' place
-    int head, part, parts;
+  // What a warp has summed up of eight heads: lane 4 h + t has head h's numbers 8 i + 2 t and the next of 64, in two parts each.
+  struct Sums {
+    float most = -INFINITY, total = 0.0f;
+    float o[8][4] = {};
   };
-  // U positions of each lane, from `base` on, those before `to`.
-  template <int U>
-  __device__ void attend(Weighted<8>& to_add, const Lanes& lanes, const float (&q)[8], int base, int to, int shift,
-                         int old) const {
-    const bool mine = lanes.first < width;
-    const int step = lanes.parts * lanes.slots;
-    float score[U];
+  // Lane t's numbers 4 i to 4 i + 3 of 16, both parts added.
+  __device__ static float4 four_of(const Sums& sums, int i) {
+    const float (&o)[4] = sums.o[i], (&next)[4] = sums.o[i + 1];
+    return make_float4(o[0] + o[2], o[1] + o[3], next[0] + next[2], next[1] + next[3]);
+  }
+  // Positions from `base` to `to`, 16 at most, of the run; place `p - shift` of the ring, or `newest` for the one at `old`.
+  // Rows of matrix lane / 8: of keys (8 positions, 8 numbers), (the same, the next 8), then of the next positions, of values (8
+  // positions, 8 numbers), (the next 8 positions, the same), then of the next numbers.
+  __device__ const T* row_at(const T* ring, const T* of_newest, int p, int chunk, int shift, int old) const {
+    chunk = min(chunk, here.plan.chunks - 1);
+    return p == old ? of_newest + 8 * chunk : ring + place_of(p - shift, chunk);
+  }
+  __device__ void load_keys(uint4 (&keys)[4], int half, int base, int to, int shift, int old) const {  // 64 numbers of each
+    const int p = min(base + here.lane / 16 * 8 + here.lane % 8, to - 1);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int p = base + lanes.slot + u * step;
-      score[u] = 0.0f;
-      if (p < to && mine) {
-        const T* key = p == old ? newest() : ring_keys() + (p - shift) * width;
-        float k[8];
-        unpack(Pack<T>{*reinterpret_cast<const uint4*>(key + lanes.first)}, k);
-        float odd = 0.0f;
+    for (int k = 0; k < 4; ++k)
+      keys[k] = matrices<false>(row_at(ring_keys(), newest(), p, 8 * half + 2 * k + here.lane / 8 % 2, shift, old));
+  }
+  // q: this lane's part of the queries; keys: the first 64 numbers; first: of the numbers to be summed up, in eights.
+  __device__ void attend(Sums& sums, uint4 (&keys)[4], const uint4* q, int first, int base, int to, int shift, int old) const {
+    float score[2][4] = {};
+    auto multiply = [&] {
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) score[u] = fmaf(q[i], k[i], score[u]), odd = fmaf(q[i + 1], k[i + 1], odd);
-        score[u] += odd;
+      for (int k = 0; k < 4; ++k) {
+        const uint4 a = q[k * 32];
+        multiply_tile<T>(score[0], a, keys[k].x, keys[k].y);
+        multiply_tile<T>(score[1], a, keys[k].z, keys[k].w);
       }
+    };
+    multiply();
+    if (here.plan.halves > 1) {
+      load_keys(keys, 1, base, to, shift, old);
+      q += 4 * 32;
+      multiply();
     }
+    float2 weight[2];
+    float most = sums.most;
 #pragma unroll
-    for (int offset = 1; offset < 16; offset *= 2) {
-      if (offset >= here.plan.lanes) break;
-#pragma unroll
-      for (int u = 0; u < U; ++u) score[u] += __shfl_xor_sync(~0u, score[u], offset);
+    for (int j = 0; j < 2; ++j) {
+      const int p = base + 8 * j + here.lane % 4 * 2;
+      weight[j].x = p < to ? score[j][0] + score[j][2] : -INFINITY;
+      weight[j].y = p + 1 < to ? score[j][1] + score[j][3] : -INFINITY;
+      most = fmaxf(most, fmaxf(weight[j].x, weight[j].y));
     }
-    float most = -INFINITY;
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    uint4 values[4];
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (base + lanes.slot + u * step >= to) score[u] = -INFINITY;
-      most = fmaxf(most, score[u]);
+    for (int i = 0; i < 4; ++i)
+      values[i] = matrices<true>(row_at(ring_values(), newest() + width, min(base + here.lane % 16, to - 1),
+                                        first + 2 * i + here.lane / 16, shift, old));
+    const float by = exp2_fast(sums.most - most);  // most is finite: a position at least is there
+    sums.most = most, sums.total *= by;
+    uint4 a;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      weight[j] = make_float2(exp2_fast(weight[j].x - most), exp2_fast(weight[j].y - most));
+      const uint2 two = split2<T>(weight[j]);
+      if (j == 0) a.x = two.x, a.y = two.y;
+      else a.z = two.x, a.w = two.y;
     }
-    to_add.scale(to_add.raise(most));
+    float total = (weight[0].x + weight[0].y) + (weight[1].x + weight[1].y);
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    sums.total += total;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int p = base + lanes.slot + u * step;
-      const float weight = to_add.weight(score[u]);
-      to_add.total += weight;
-      if (p < to && mine) {
-        const T* value = p == old ? newest() + width : ring_values() + (p - shift) * width;
-        float v[8];
-        unpack(Pack<T>{*reinterpret_cast<const uint4*>(value + lanes.first)}, v);
+    for (int i = 0; i < 8; ++i) {
+      if (by > 0.0f) {  // something was there already
 #pragma unroll
-        for (int i = 0; i < 8; ++i) to_add.sum[i] = fmaf(weight, v[i], to_add.sum[i]);
+        for (int k = 0; k < 4; ++k) sums.o[i][k] *= by;
       }
+      const uint4& v = values[i / 2];
+      multiply_tile<T>(sums.o[i], a, i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
     }
   }
-  __device__ void attend(Weighted<8>& sum, const Lanes& lanes, const float (&q)[8], int from, int to, int shift,
-                         int old) const {
-    const int step = lanes.parts * lanes.slots;
+
+  // Adds up the result's pairs of numbers, each by kLanes lanes, of `parts` warps, and puts them; place: of the thread's first
+  // one, words: of the copy that it writes.
+  template <int kLanes>
+  __device__ void put_result(Place place, uint64_t* words, int parts) const {
+    constexpr int kEach = 4;
+    const int pairs = here.fixed.pairs, step = group * here.plan.pitch, lane = here.thread % kLanes;
 #pragma unroll 1
-    for (int base = from + lanes.part * lanes.slots; base < to;) {
-      // No more at once than there are: instructions that do nothing take the time of those of other warps.
-      if (base + 2 * step < to) {
-        attend<4>(sum, lanes, q, base, to, shift, old);
-        base += 4 * step;
-      } else {
-        attend<2>(sum, lanes, q, base, to, shift, old);
-        base += 2 * step;
+    for (int i = here.thread / kLanes; i - here.lane / kLanes < pairs;) {  // the same for all of a warp
+      const float *numbers = of_warps() + place.numbers, *extents = of_warps() + place.extent;
+      float most = -INFINITY, total = 0.0f, sum[2] = {};
+#pragma unroll 1
+      for (int begin = lane;;) {
+#pragma unroll
+        for (int k = 0; k < kEach; ++k)
+          if (begin + k * kLanes < parts) most = fmaxf(most, extents[(begin + k * kLanes) * step]);
+        begin += kEach * kLanes;
+        if (begin - lane >= parts) break;
       }
+#pragma unroll
+      for (int offset = 1; offset < kLanes; offset *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+#pragma unroll 1
+      for (int begin = lane;;) {
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) {
+          if (begin + k * kLanes >= parts) continue;
+          const int at = (begin + k * kLanes) * step;
+          const float2 extent = *reinterpret_cast<const float2*>(extents + at);
+          const float2 two = *reinterpret_cast<const float2*>(numbers + at);
+          const float weight = exp2_fast(extent.x - most);  // most is finite: a position at least is there
+          total = fmaf(weight, extent.y, total);
+          sum[0] = fmaf(weight, two.x, sum[0]), sum[1] = fmaf(weight, two.y, sum[1]);
+        }
+        begin += kEach * kLanes;
+        if (begin - lane >= parts) break;
+      }
+#pragma unroll
+      for (int offset = 1; offset < kLanes; offset *= 2) {
+        total += __shfl_xor_sync(~0u, total, offset);
+        sum[0] += __shfl_xor_sync(~0u, sum[0], offset), sum[1] += __shfl_xor_sync(~0u, sum[1], offset);
+      }
+      const float by = __fdividef(1.0f, total), lse = most + __log2f(total);
+      if (place.at >= 0) {
+        uint64_t* to = words + place.at;
+#pragma unroll 1
+        for (int copy = lane; copy < here.a.copies; copy += kLanes, to += int64_t{kLanes} * here.plan.words) {
+          const float2 two = make_float2(sum[0] * by, sum[1] * by);
+          if (splits.results == 1) put_words(to, word(two.x, here.watch.tag), word(two.y, here.watch.tag));
+          else put_record(to, two, lse, here.watch.tag);
+        }
+      }
+      i += kThreads / kLanes;
+      place = places()[min(i, pairs - 1)];
     }
   }
 
@@ -195,155 +366,130 @@ struct Attention {
     const int count = old + (own ? 1 : 0);
     if (split < 0 || count == 0) return;
     here.watch.where = layer * 16 + kAttention;
+    const int parts = here.plan.parts;
+    // Of the result's runs.
+    const int begun = runs == 1 ? 1 : min(position / splits.span - split + rank + 1, runs);
+    if (runs > 1 && rank == 0 && here.thread == 0)
+      expect(&here.fixed.gathered, begun * parts * group * (here.plan.pitch - 2) * static_cast<int>(sizeof(float)));
+    // A long run goes through the ring half by half: one is read while the other is filled. The first two were asked for a
+    // layer ago.
+    int tile = count, tiles = 1;
+    if (count > 2 * here.plan.tile) tile = here.plan.tile, tiles = (count + tile - 1) / tile;
+    const Role& role = here.fixed.roles[here.warp];
+    const int part = role.part;
+    const uint4* q = queries() + role.queries + here.lane;
+    int base = 16 * part, to = part < parts ? min(count, tile) : 0;
+    Sums sums;
+    uint4 keys[4];
+    // Without the newest one, sixteen positions can be at hand before the queries are.
+    const bool early = splits.span <= kEarly && base < to && old >= base + 16;
+    if (early) load_keys(keys, 0, base, to, 0, old);
+    // Where this lane's 16 numbers go, and its head's greatest score and total, which the first 64 numbers' warp has.
+    const int of_head = here.lane / 4 < role.heads ? role.sums + here.lane / 4 * here.plan.pitch : -1;
+    const int at = pinned(of_head < 0 ? -1 : of_head + here.lane % 4 * 16);
+    const int extent = pinned(of_head >= 0 && here.lane % 4 == 0 && role.first == 0 ? of_head + here.plan.pitch - 4 : -1);
+    const bool gathers = pinned(runs > 1);
     receive(layer_words, layer, position, own);
     copies_left<3>();  // three at least were asked for after this one
     __syncthreads();
-
-    Lanes lanes;
-    lanes.slots = 32 >> here.plan.lanes_log2, lanes.slot = here.lane >> here.plan.lanes_log2;
-    lanes.first = (here.lane & (here.plan.lanes - 1)) * 8;
-    lanes.parts = here.fixed.group_parts, lanes.part = here.fixed.group_part[here.warp];
-    lanes.head = here.fixed.group_head[here.warp];
-    const bool busy = lanes.part < lanes.parts;
-    alignas(16) float q[8] = {};
-    if (lanes.first < width) {
-#pragma unroll
-      for (int i = 0; i < 8; i += 4)
-        *reinterpret_cast<float4*>(q + i) =
-            *reinterpret_cast<const float4*>(queries() + lanes.head * width + lanes.first + i);
-    }
-    Weighted<8> sum;
-    // A long run goes through the ring half by half: one is read while the other is filled. The first two were asked for a
-    // layer ago.
-    const bool whole = count <= 2 * here.plan.tile;
-    const int tile = whole ? count : here.plan.tile, tiles = whole ? 1 : (count + tile - 1) / tile;
 #pragma unroll 1
-    for (int t = 0; t < tiles; ++t) {
+    for (int t = 0;;) {
+#pragma unroll 1
+      for (; base < to; base += 16 * parts) {
+        const int shift = (t & ~1) * tile;
+        if (!(early && base == 16 * part)) load_keys(keys, 0, base, to, shift, old);
+        attend(sums, keys, q, role.first, base, to, shift, old);
+      }
+      if (++t >= tiles) break;
+      if (t + 1 < tiles) {
+        __syncthreads();
+        ask(layer, (t + 1) * tile, min(old, (t + 2) * tile), (t + 1 & 1) * tile);
+        copies_commit();
+      }
       if (t >= 2) {
         t + 1 < tiles ? copies_left<1>() : copies_left<0>();
         __syncthreads();
       }
-      if (busy) attend(sum, lanes, q, t * tile, min(count, (t + 1) * tile), (t & ~1) * tile, old);
-      if (t + 2 < tiles) {
-        __syncthreads();
-        ask(layer, (t + 2) * tile, min(old, (t + 3) * tile), (t & 1) * tile);
-        copies_commit();
+      base = t * tile + 16 * part, to = part < parts ? min(count, (t + 1) * tile) : 0;
+    }
+    if (at >= 0) {
+      if (gathers) {
+        const unsigned there = here.fixed.there, barrier = here.fixed.there_gathered;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) send4(there + (at + 2 * i) * 4, four_of(sums, i), barrier);
+        if (extent >= 0) send2(there + extent * 4, sums.most, sums.total, barrier);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) *reinterpret_cast<float4*>(of_warps() + at + 2 * i) = four_of(sums, i);
+        if (extent >= 0) *reinterpret_cast<float2*>(of_warps() + extent) = make_float2(sums.most, sums.total);
       }
     }
-    sum.meet(here.plan.lanes, 32);
-    const int pitch = width + 4;
-    if (busy && lanes.slot == 0 && lanes.first < width) {
-      float* to = of_warps() + here.warp * pitch;
-#pragma unroll
-      for (int i = 0; i < 8; i += 4)
-        *reinterpret_cast<float4*>(to + lanes.first + i) = *reinterpret_cast<const float4*>(sum.sum + i);
-      if (lanes.first == 0) to[width] = sum.most, to[width + 1] = sum.total;
+    if (gathers && rank > 0) return;
+    const int log2 = here.fixed.adds_log2, all = begun * parts;
+    const Place place = places()[min(here.thread >> log2, here.fixed.pairs - 1)];
+    uint64_t* words = here.words_of(here.thread & ((1 << log2) - 1)) + layer_words;
+    if (gathers) {
+      // The first token at which this block has a position has the first phases.
+      const int first = max(static_cast<int>(here.a.first_position), split * splits.span);
+      wait_for_bytes(here.watch, &here.fixed.gathered, ((position - first) * here.a.shape.layers + layer) & 1);
+    } else {
+      __syncthreads();
     }
-    __syncthreads();
-    // Four parts a lane, of up to four lanes to a pair of numbers.
-    constexpr int kEach = 4;
-    const int pairs = group * width / 2, log2 = kEach * pairs <= kThreads ? 2 : 2 * pairs <= kThreads ? 1 : 0, each = 1 << log2;
-    static_assert(kEach * 4 >= kWarps);  // and where lanes are fewer, so are parts: head_dim is 128 at most
-    if (here.warp * 32 >= each * pairs) return;
-    const int pair = here.thread >> log2, first = here.thread & (each - 1);
-    const int head = head_of(here, 2 * pair), of_head = 2 * pair - head * width;
-    float most[kEach], total[kEach];
-    float2 two[kEach];
-    Weighted<2> both;
-#pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      const int part = first + k * each;
-      const bool is = part < lanes.parts && pair < pairs;
-      const float* from = of_warps() + (is ? part * group + head : 0) * pitch;
-      most[k] = is ? from[width] : -INFINITY, total[k] = from[width + 1];
-      two[k] = *reinterpret_cast<const float2*>(from + (is ? of_head : 0));
-      both.most = fmaxf(both.most, most[k]);
-    }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2)
-      if (offset < each) both.most = fmaxf(both.most, __shfl_xor_sync(~0u, both.most, offset));
-#pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      const float weight = both.weight(most[k]);
-      both.total = fmaf(weight, total[k], both.total);
-      both.sum[0] = fmaf(weight, two[k].x, both.sum[0]), both.sum[1] = fmaf(weight, two[k].y, both.sum[1]);
-    }
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      if (offset >= each) break;
-      both.total += __shfl_xor_sync(~0u, both.total, offset);
-      both.sum[0] += __shfl_xor_sync(~0u, both.sum[0], offset);
-      both.sum[1] += __shfl_xor_sync(~0u, both.sum[1], offset);
-    }
-    if (pair >= pairs) return;
-    const float by = __fdividef(1.0f, both.total);
-    const int query_head = kv_head * group + head;
-    const int row = query_head * width + of_head, all = here.a.shape.heads * width;
-    const int at = layer_words + (splits.count == 1 ? here.plan.at_attention : here.plan.at_parts + split * all) + row;
-    here.put_pair(at, both.sum[0] * by, both.sum[1] * by, first, each);
-    if (splits.count > 1 && of_head == 0) {
-      const float lse = both.most + __log2f(both.total);
-      here.put_pair(layer_words + here.plan.at_lse + 2 * (split * here.a.shape.heads + query_head), lse, lse, first, each);
-    }
+    if (log2 == 2) put_result<4>(place, words, all);
+    else if (log2 == 4) put_result<16>(place, words, all);
+    else put_result<1>(place, words, all);
   }
 
   // Adds results first + k, k < kFew, of those before `end`, of numbers row, row + 1 of all query heads' outputs.
-  static constexpr int kFew = 4;
+  static constexpr int kFew = 6;
   __device__ static void add(Here& here, Weighted<2>& sum, int layer_words, int row, int first, int end) {
-    const int heads = here.a.shape.heads, all = heads * here.a.shape.head_dim, head = head_of(here, row);
-    const uint64_t* at[2 * kFew];
-    int n = 0;
+    const int all = here.a.shape.heads * here.a.shape.head_dim, n = min(kFew, end - first);
+    const uint64_t* from = here.words() + layer_words + here.plan.at_parts + row;
+    const uint64_t* at[kFew];
 #pragma unroll
-    for (int k = 0; k < kFew; ++k) {
-      const int split = min(first + k, end - 1);
-      at[2 * k] = here.words() + layer_words + here.plan.at_parts + split * all + row;
-      at[2 * k + 1] = here.words() + layer_words + here.plan.at_lse + 2 * (split * heads + head);
-      if (first + k < end) n = 2 * k + 2;
-    }
-    const Pairs<2 * kFew> got = take(here.watch, at, n);
+    for (int k = 0; k < kFew; ++k) at[k] = from + (first + k) * all;
+    const Pairs<kFew, true> got = take<true>(here.watch, at, n);
     float most = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kFew; ++k)
-      if (2 * k < n) most = fmaxf(most, got[2 * k + 1].x);
+      if (k < n) most = fmaxf(most, got.third(k));
     sum.scale(sum.raise(most));
 #pragma unroll
     for (int k = 0; k < kFew; ++k) {
-      const float weight = 2 * k < n ? sum.weight(got[2 * k + 1].x) : 0.0f;
+      const float weight = k < n ? sum.weight(got.third(k)) : 0.0f;
       sum.total += weight;
-      sum.sum[0] = fmaf(weight, got[2 * k].x, sum.sum[0]), sum.sum[1] = fmaf(weight, got[2 * k].y, sum.sum[1]);
+      sum.sum[0] = fmaf(weight, got[k].x, sum.sum[0]), sum.sum[1] = fmaf(weight, got[k].y, sum.sum[1]);
     }
   }
 
-  // Where there are many runs, `end` of them begun, their results are added up by the blocks of their key head, a pair of
-  // numbers a warp and a run a lane.
+  // Many results, `end` of them begun, are added up by the blocks of their key head, a pair of numbers a warp and a result a
+  // lane.
   __device__ void combine(int layer_words, int layer, int end) const {
     if (split < 0) return;
     here.watch.where = layer * 16 + kCombine;
-    const int heads = here.a.shape.heads, all = heads * width;
+    const int all = here.a.shape.heads * width;
 #pragma unroll 1
     for (int pair = split + splits.count * here.warp; pair < group * width / 2; pair += splits.count * kWarps) {
-      const int row = kv_head * group * width + 2 * pair, head = head_of(here, row);
+      const int row = kv_head * group * width + 2 * pair;
       Weighted<2> sum;
 #pragma unroll 1
-      for (int run = here.lane; run < end; run += 32) {
-        const uint64_t* from = here.words() + layer_words;
-        const uint64_t* const at[2] = {from + here.plan.at_parts + run * all + row,
-                                       from + here.plan.at_lse + 2 * (run * heads + head)};
-        const Pairs<2> got = take(here.watch, at, 2);
+      for (int result = here.lane; result < end; result += 32) {
+        const uint64_t* const at[1] = {here.words() + layer_words + here.plan.at_parts + result * all + row};
+        const Pairs<1, true> got = take<true>(here.watch, at, 1);
         const float2 two = got[0];
-        const float lse = got[1].x;
+        const float lse = got.third(0);
         sum.scale(sum.raise(lse));
         const float weight = sum.weight(lse);
         sum.total += weight;
         sum.sum[0] = fmaf(weight, two.x, sum.sum[0]), sum.sum[1] = fmaf(weight, two.y, sum.sum[1]);
       }
-      sum.meet(1, 32);
+      sum.template meet<32>();
       const float by = __fdividef(1.0f, sum.total);
       here.put_pair(layer_words + here.plan.at_attention + row, sum.sum[0] * by, sum.sum[1] * by, here.lane, 32);
     }
   }
 
-  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, of a few runs; `end` of them are begun.
+  // Numbers 2 * pair, 2 * pair + 1 of all query heads' outputs, of a few results; `end` of them are begun.
   __device__ static float2 result(Here& here, int layer_words, int end, int pair) {
     Weighted<2> sum;
 #pragma unroll 1

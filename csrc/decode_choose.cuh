@@ -25,6 +25,7 @@ struct Sampler {
   float* cached;       // null: logits are read from the exchange again each time
   int* bins;           // [kBins]
   float* candidates;   // [kCandidates]
+  float* maxima;       // where logits are not cached, or null: [kThreads]; behind it values and tokens of those listed, [kListed]
   const int vocab;
 
   __device__ explicit Sampler(Here& here)
@@ -32,17 +33,19 @@ struct Sampler {
         cached(here.plan.logits >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.logits) : nullptr),
         bins(reinterpret_cast<int*>(here.shared + here.plan.bins)),
         candidates(reinterpret_cast<float*>(bins + kBins)),
+        maxima(here.plan.lists >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.lists) : nullptr),
         vocab(here.a.shape.vocab) {}
 
-  __device__ float logit(int i) const {
-    if (cached != nullptr) return cached[i];
+  // Of `values`; null: of all logits, out of the exchange.
+  __device__ float at(const float* values, int i) const {
+    if (values != nullptr) return values[i];
     return __uint_as_float(static_cast<unsigned>(
         reinterpret_cast<const volatile uint64_t*>(here.a.exchange)[here.plan.at_logits + i]));
   }
 
   // Waits for all logits, and for all blocks: those without a row of the head have read their last too. The extremes, as
-  // keys: of the largest, and of the smallest with its sign turned.
-  __device__ void receive(uint64_t& most, uint64_t& least) const {
+  // keys: of the largest, and of the smallest with its sign turned. Returns the largest that this thread has received.
+  __device__ float receive(uint64_t& most, uint64_t& least) const {
     for (int j = here.thread; j < here.plan.blocks; j += kThreads)
       take(here.watch, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
     constexpr int kFew = 4;
@@ -70,13 +73,46 @@ struct Sampler {
         least = low > least ? low : least;
       }
     }
+    const float own = most == 0 ? -INFINITY : value_of(most);
     most = largest_of_block(here, most);
     least = largest_of_block(here, least);
+    return own;
   }
 
-  // The k-th largest logit, all being from low to high. Each turn bins what is left between the two and goes on with the
+  // Lists the logits that are at least `least`, and returns how many they are; more than kListed: some are missing.
+  __device__ int list(float least) const {
+    float* const values = maxima + kThreads;
+    int* const tokens = reinterpret_cast<int*>(values + kListed);
+    __syncthreads();  // `count` has been read
+    if (here.thread == 0) here.fixed.count = 0;
+    __syncthreads();
+    constexpr int kFew = 8;
+    const int pairs = (vocab + 1) / 2;
+    for (int j = here.thread; j < pairs; j += kFew * kThreads) {
+      ulonglong2 two[kFew];
+#pragma unroll
+      for (int k = 0; k < kFew; ++k)
+        if (j + k * kThreads < pairs) two[k] = words_at(here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads));
+#pragma unroll
+      for (int k = 0; k < kFew; ++k) {
+        const uint64_t words[2] = {two[k].x, two[k].y};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = 2 * (j + k * kThreads) + i;
+          const float v = __uint_as_float(static_cast<unsigned>(words[i]));
+          if (token >= vocab || !(v >= least)) continue;
+          const int place = atomicAdd(&here.fixed.count, 1);
+          if (place < kListed) values[place] = v, tokens[place] = token;
+        }
+      }
+    }
+    __syncthreads();
+    return here.fixed.count;
+  }
+
+  // The k-th largest of `count` values, all being from low to high. Each turn bins what is left between the two and goes on with the
   // bin that it is in, until that is small enough to be sorted out by comparing all with all.
-  __device__ float kth_largest(int k, float low, float high) const {
+  __device__ float kth_largest(const float* values, int count, int k, float low, float high) const {
     Static& f = here.fixed;
     int need = k;
     while (low < high) {
@@ -85,8 +121,8 @@ struct Sampler {
       if (here.thread < kBins) bins[here.thread] = 0;
       if (here.thread == 0) f.count = 0;
       __syncthreads();
-      for (int i = here.thread; i < vocab; i += kThreads) {
-        const float v = logit(i);
+      for (int i = here.thread; i < count; i += kThreads) {
+        const float v = at(values, i);
         if (v >= low && v <= high) atomicAdd(&bins[bin_of(v)], 1);
       }
       __syncthreads();
@@ -107,8 +143,8 @@ struct Sampler {
       const int bin = f.bin, members = bins[bin];
       need = f.need;
       if (members <= kCandidates) {
-        for (int i = here.thread; i < vocab; i += kThreads) {
-          const float v = logit(i);
+        for (int i = here.thread; i < count; i += kThreads) {
+          const float v = at(values, i);
           if (v >= low && v <= high && bin_of(v) == bin) {
             const int place = atomicAdd(&f.count, 1);
             if (place < kCandidates) candidates[place] = v;
@@ -125,8 +161,8 @@ struct Sampler {
         return f.kth;
       }
       uint64_t most = 0, least = 0;
-      for (int i = here.thread; i < vocab; i += kThreads) {
-        const float v = logit(i);
+      for (int i = here.thread; i < count; i += kThreads) {
+        const float v = at(values, i);
         if (!(v >= low && v <= high && bin_of(v) == bin)) continue;
         const uint64_t up = rank_key(v, 0), down = rank_key(-v, 0);
         most = up > most ? up : most;
@@ -143,17 +179,37 @@ struct Sampler {
   // The token for `place`; the same to all threads of the block.
   __device__ int draw(int64_t place) const {
     uint64_t most, least;
-    receive(most, least);
-    const float high = value_of(most), low = -value_of(least);
-    const bool all = here.a.top_k <= 0 || here.a.top_k >= vocab;
-    const float threshold = all ? low : kth_largest(here.a.top_k, low, high);
+    const float own = receive(most, least);
+    const float high = value_of(most);
+    float threshold = -value_of(least);
+    const float* values = cached;
+    const int* tokens = nullptr;
+    int count = vocab;
+    if (const int k = here.a.top_k; k > 0 && k < vocab) {
+      // Many logits are not to be read again and again: what is at least as large as the k-th largest of what threads have found
+      // to be theirs is few.
+      const bool many = maxima != nullptr && k <= kThreads;
+      if (many) {
+        maxima[here.thread] = own;
+        __syncthreads();
+        values = maxima, count = kThreads;
+      }
+      threshold = kth_largest(values, count, k, threshold, high);
+      if (many) {
+        values = nullptr, count = vocab;
+        if (const int listed = list(threshold); listed <= kListed) {
+          values = maxima + kThreads, tokens = reinterpret_cast<const int*>(values + kListed), count = listed;
+        }
+        threshold = kth_largest(values, count, k, threshold, high);
+      }
+    }
     const float by = 1.0f / here.a.temperature;
     const uint64_t state = here.a.noise_start + static_cast<uint64_t>(place) * here.a.noise_stride;
     uint64_t best = 0;
-    for (int i = here.thread; i < vocab; i += kThreads) {
-      const float v = logit(i);
+    for (int i = here.thread; i < count; i += kThreads) {
+      const float v = at(values, i);
       if (!(v >= threshold)) continue;
-      const uint64_t key = draw_key(v, high, by, state, i);
+      const uint64_t key = draw_key(v, high, by, state, tokens == nullptr ? i : tokens[i]);
       best = key > best ? key : best;
     }
     return index_of(largest_of_block(here, best));

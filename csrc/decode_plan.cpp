@@ -9,6 +9,7 @@ namespace {
 constexpr int kMostPositions = 512;  // of a ring: more of them are read in turns
 constexpr int kFewestPositions = 16;
 constexpr int kMostCachedLogits = 8192;
+constexpr int kMostSums = 2112;  // numbers of attention that a block's warps add up
 
 int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -32,7 +33,7 @@ int Matrix::bytes(int blocks) const {
   return std::min(kWarps, most * parts) * each * rows * passes * 512;
 }
 
-const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan* plan) {
+const char* make_plan(const Shape& s, bool sampled, int blocks, int cluster, int shared, Plan* plan) {
   const int group = s.kv_heads > 0 ? s.heads / s.kv_heads : 0, width = s.heads * s.head_dim;
   if (s.dim < 8 || s.dim > kMostWidth || s.dim % 8) return "dim must be a multiple of 8, at most 1024";
   if (s.head_dim < 8 || s.head_dim > 128 || s.head_dim % 8) return "head_dim must be a multiple of 8, at most 128";
@@ -41,32 +42,42 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
   if (s.layers < 1 || s.layers > kMostLayers) return "at most 64 layers";
   if (s.d_ff < 8 || s.d_ff % 8 || s.d_ff > 8 * kMostWidth) return "d_ff must be a multiple of 8, at most 8192";
   if (s.vocab < 1 || s.vocab > 1 << 20) return "vocab_size must be at most 2^20";
-  if (blocks < s.kv_heads) return "the card has fewer multiprocessors than the model has kv_heads";
+  if (blocks / cluster < s.kv_heads) return "the card has fewer multiprocessors than the model has kv_heads";
   Plan p{};
-  p.blocks = blocks, p.group = group;
+  p.blocks = blocks, p.cluster = cluster, p.group = group;
   const int half = s.head_dim / 2, heads = s.heads + 2 * s.kv_heads;
   p.products[kQkv] = share(heads * half, s.dim, kRows<kQkv>, half, half, half, blocks);  // pairs that RoPE turns
   p.products[kOut] = share(s.dim, width, kRows<kOut>, s.dim, 0, 0, blocks);
   p.products[kGateUp] = share(s.d_ff, s.dim, kRows<kGateUp>, s.d_ff, 0, s.d_ff, blocks);  // a number's gate and the number itself
   p.products[kDown] = share(s.dim, s.d_ff, kRows<kDown>, s.dim, 0, 0, blocks);
   p.products[kHead] = share((s.vocab + 1) / 2, s.dim, kRows<kHead>, 1, 1, 1, blocks);
-  p.most_splits = blocks / s.kv_heads;
-  p.lanes = 1;
-  while (p.lanes * 8 < s.head_dim) p.lanes *= 2, ++p.lanes_log2;
+  p.most_splits = blocks / cluster / s.kv_heads * cluster;
+  p.chunks = s.head_dim / 8, p.turn = p.chunks % 8 == 0 ? 7 : 0;
+  p.chunks_log2 = -1;
+  for (int log2 = 0; log2 < 5; ++log2)
+    if (p.chunks == 1 << log2) p.chunks_log2 = log2;
+  p.halves = (s.head_dim + 63) / 64, p.eights = (group + 7) / 8;
+  p.pitch = p.halves * 64 + 4;
+  p.parts = std::clamp(kMostSums / (group * p.pitch), 1, kWarps / (p.halves * p.eights));
 
   for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
   p.squares = up(s.dim / 2, 128);
   int at = 2 * 4 * (p.act + p.squares);
   p.scratch = at;
-  // Queries, newest key and value, and every warp's m, l, o.
-  at += 4 * up(group * s.head_dim + s.head_dim + kWarps * (s.head_dim + 4), 32);
+  // Queries, newest key and value, and sums of every warp of a cluster.
+  at += up(p.eights * p.halves * 4 * 512 + 4 * s.head_dim + 4 * cluster * p.parts * group * p.pitch, 128);
+  p.places = at;
+  at += up(8 * (group << (4 + p.halves)), 128);
   p.bins = at;
   if (sampled) at += 4 * (kBins + kCandidates);
   const int room = shared - kOwnShared;
-  p.logits = -1;
+  p.logits = p.lists = -1;
   if (sampled && s.vocab <= kMostCachedLogits && at + 4 * up(s.vocab, 4) <= room / 2) {
     p.logits = at;
     at += 4 * up(s.vocab, 32);
+  } else if (sampled && at + kLists <= room / 2) {
+    p.lists = at;
+    at += kLists;
   }
   const int position = 2 * 2 * s.head_dim;  // bytes of a key and a value
   // Keys and values go first, but leave most of a small shared memory to weights.
@@ -90,8 +101,7 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
     return start;
   };
   p.at[kQkv] = take(heads * s.head_dim);
-  p.at_parts = take(p.most_splits * width);
-  p.at_lse = take(2 * p.most_splits * s.heads);
+  p.at_parts = take(p.most_splits / cluster * width);
   p.at_attention = take(width);
   p.at[kOut] = take(s.dim * p.products[kOut].parts);
   p.at[kGateUp] = take(s.d_ff);
@@ -107,12 +117,14 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int shared, Plan
 }
 
 Splits make_splits(const Plan& plan, int end, int few, int target) {
-  const int most = std::min(2 * plan.tile, 2 * target);  // positions that a block still takes for few parts
-  int count = (end + target - 1) / target;
-  if (count > few && (end + most - 1) / most <= few) count = few;
-  count = std::clamp(count, 1, plan.most_splits);
-  const int span = (end + count - 1) / count;
-  return {(end + span - 1) / span, span};
+  if (2 * end <= 3 * target || plan.most_splits == 1) return {1, end, 1, 1};
+  const int most = std::min(2 * plan.tile, 2 * target) * plan.cluster;  // positions of a result, where few are wanted
+  int results = (end + target * plan.cluster - 1) / (target * plan.cluster);
+  if (results > few && (end + most - 1) / most <= few) results = few;
+  results = std::min(results, plan.most_splits / plan.cluster);
+  const int span = (end + results * plan.cluster - 1) / (results * plan.cluster), of_result = span * plan.cluster;
+  results = (end + of_result - 1) / of_result;
+  return {results * plan.cluster, span, results, plan.cluster};
 }
 
 }  // namespace tinylm::decode

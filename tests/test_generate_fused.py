@@ -86,6 +86,7 @@ def test_on_a_cpu_the_others_are_named() -> None:
 
 PRODUCTS = ("units", "rows", "run", "skip", "apart", "width", "parts", "columns", "stride", "each", "slot")
 CARDS = st.sampled_from([(36, 65_536), (72, 65_536), (128, 101_376), (132, 232_448), (148, 232_448)])
+CLUSTERS = st.sampled_from([1, 2, 4])
 
 
 @st.composite
@@ -102,21 +103,28 @@ def shapes(draw: st.DrawFn) -> list[int]:
 
 @needs_compiler
 @settings(max_examples=60)
-@given(shapes(), st.booleans(), CARDS, st.integers(1, 40_000), st.integers(1, 16), st.integers(16, 512))
+@given(shapes(), st.booleans(), CARDS, CLUSTERS, st.integers(1, 40_000), st.integers(1, 16), st.integers(16, 512))
 def test_every_number_of_every_row_is_one_warps_and_nothing_overlaps(
-    shape: list[int], sampled: bool, card: tuple[int, int], end: int, few: int, target: int
+    shape: list[int], sampled: bool, card: tuple[int, int], cluster: int, end: int, few: int, target: int
 ) -> None:
     native.load()
     blocks, shared = card
+    if shared < 200_000:  # an older card, without clusters
+        cluster = 1
+    blocks = blocks // cluster * cluster
     dim, _, heads, kv_heads, head_dim, d_ff, vocab = shape
-    plan = torch.ops.tinylm.decode_plan(shape, sampled, blocks, shared, end, few, target)
-    _, taken, tile, splits, span = plan[:5]
+    plan = torch.ops.tinylm.decode_plan(shape, sampled, blocks, cluster, shared, end, few, target)
+    words, taken, tile, splits, span, results = plan[:6]
+    # What runner `fused` asks for the size of the exchange.
+    assert words <= torch.ops.tinylm.decode_plan(shape, sampled, card[0], 1, shared, end, few, target)[0]
     assert taken <= shared - 4096 and tile >= 8, "the kernel's own shared memory is 4 KB at most"
-    assert (splits - 1) * span < end <= splits * span and splits * kv_heads <= blocks
+    runs = splits // results  # of a result, which some of the last one may lack
+    assert (splits - runs) * span < end <= splits * span and splits * kv_heads <= blocks
+    assert runs == cluster or runs == splits == 1
     rows_of = [(heads + 2 * kv_heads) * head_dim, dim, 2 * d_ff, dim, vocab + vocab % 2]
     places = []
     for n, total in enumerate(rows_of):
-        m = dict(zip(PRODUCTS, plan[5 + n * len(PRODUCTS) :], strict=False))
+        m = dict(zip(PRODUCTS, plan[6 + n * len(PRODUCTS) :], strict=False))
         rows, most = [], 0
         for block in range(blocks):
             begin, stop = block * m["units"] // blocks, (block + 1) * m["units"] // blocks
@@ -148,7 +156,7 @@ def test_a_shape_that_it_does_not_take_is_refused(at: int, value: int, words: st
     shape = [64, 2, 4, 1, 16, 192, 512]
     shape[at] = value
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.tinylm.decode_plan(shape, False, 132, 232_448, 1, 4, 192)
+        torch.ops.tinylm.decode_plan(shape, False, 132, 1, 232_448, 1, 4, 192)
 
 
 def test_presets_that_it_is_for() -> None:

@@ -32,9 +32,9 @@ class Fused:
 
     tokens_per_launch: ClassVar[int] = 128  # a launch costs some 10 us, and runs of positions are shared out for it
     copies: ClassVar[int] = 4  # of what blocks exchange
-    # 4,096 tokens of `tiny` take 86 us so, with 4 and 192 they take 90 (csrc/decode.cu).
     few_splits: ClassVar[int] = 12  # runs of positions whose results every reader adds up, without a phase of its own
-    split_tokens: ClassVar[int] = 288  # positions in a run, if the card has blocks enough
+    split_tokens: ClassVar[int] = 192  # positions in a run, if the card has blocks enough
+    cluster: ClassVar[int] = 4  # blocks, at most, that have one result
     leave: ClassVar[int] = 0  # parts to leave out, to see what they take: 1 attention, 2 MLP, 4 head
 
     def __init__(self, loop: Loop) -> None:
@@ -47,8 +47,8 @@ class Fused:
         try:
             words = torch.ops.tinylm.decode_plan(
                 shape_of(config, loop.vocab_size), loop.noise is not None, card.multi_processor_count,
-                card.shared_memory_per_block_optin, 1, self.few_splits, self.split_tokens,
-            )[0]  # fmt: skip
+                1, card.shared_memory_per_block_optin, 1, self.few_splits, self.split_tokens,
+            )[0]  # of clusters of one block: others need less  # fmt: skip
         except RuntimeError as error:
             raise Unable(_told(error)) from None
         self._weights = [model.embed.weight, model.head_weight, model.norm.get_parameter("weight")]
@@ -100,7 +100,7 @@ class Fused:
             self._weights, self._rope, loop.cache.streams["k"], loop.cache.streams["v"], loop.ids.view(-1),
             loop.position.view(-1), self._stops, self._exchange, self._status, config.heads, loop.vocab_size,
             position, tokens, self._epoch, config.norm_eps, loop.sampling.temperature, loop.sampling.top_k or 0,
-            *self._noise, self.copies, self.few_splits, self.split_tokens, self.leave,
+            *self._noise, self.copies, self.few_splits, self.split_tokens, self.cluster, self.leave,
         )  # fmt: skip
         self._epoch += tokens
 
