@@ -46,6 +46,13 @@ struct Weighted {
   }
 };
 
+#if __CUDA_ARCH__ >= 800
+#define TINYLM_TENSOR_CORES 1
+constexpr bool kTensorCores = true;
+#else
+constexpr bool kTensorCores = false;  // of this kind: Turing has none for bf16, and too few registers for what stands in
+#endif
+
 // Four 8 x 8 matrices of 16-bit numbers out of shared memory: lanes 8 i to 8 i + 7 say where the rows of number i are.
 template <bool kTransposed>
 __device__ inline uint4 matrices(const void* row) {
@@ -64,7 +71,7 @@ __device__ inline uint4 matrices(const void* row) {
 // d [16, 8] += a [16, 16] * b [16, 8], as mma.m16n8k16 has them.
 template <typename T>
 __device__ inline void multiply_tile(float (&d)[4], const uint4& a, unsigned low, unsigned high) {
-#if __CUDA_ARCH__ >= 800 && !defined(TINYLM_NO_MMA)
+#ifdef TINYLM_TENSOR_CORES
   if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -75,7 +82,7 @@ __device__ inline void multiply_tile(float (&d)[4], const uint4& a, unsigned low
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(low), "r"(high));
   }
 #else
-  // Turing has none for bf16: the same from what other lanes hold.
+  // The same from what other lanes hold.
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto dot = [](unsigned one, unsigned other, float sum) {
     const float2 x = widen2(one, T()), y = widen2(other, T());
@@ -382,7 +389,7 @@ struct Attention {
     Sums sums;
     uint4 keys[4];
     // Without the newest one, sixteen positions can be at hand before the queries are.
-    const bool early = splits.span <= kEarly && base < to && old >= base + 16;
+    const bool early = kTensorCores && splits.span <= kEarly && base < to && old >= base + 16;
     if (early) load_keys(keys, 0, base, to, 0, old);
     // Where this lane's 16 numbers go, and its head's greatest score and total, which the first 64 numbers' warp has.
     const int of_head = here.lane / 4 < role.heads ? role.sums + here.lane / 4 * here.plan.pitch : -1;

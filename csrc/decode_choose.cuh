@@ -89,17 +89,17 @@ struct Sampler {
     constexpr int kFew = 8;
     const int pairs = (vocab + 1) / 2;
     for (int j = here.thread; j < pairs; j += kFew * kThreads) {
-      ulonglong2 two[kFew];
+      Pairs<kFew> got;
 #pragma unroll
       for (int k = 0; k < kFew; ++k)
-        if (j + k * kThreads < pairs) two[k] = words_at(here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads));
+        if (j + k * kThreads < pairs)
+          got.two[k] = words_at(here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads));
 #pragma unroll
       for (int k = 0; k < kFew; ++k) {
-        const uint64_t words[2] = {two[k].x, two[k].y};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 2 * (j + k * kThreads) + i;
-          const float v = __uint_as_float(static_cast<unsigned>(words[i]));
+          const float v = i == 0 ? got[k].x : got[k].y;
           if (token >= vocab || !(v >= least)) continue;
           const int place = atomicAdd(&here.fixed.count, 1);
           if (place < kListed) values[place] = v, tokens[place] = token;

@@ -27,7 +27,12 @@ CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({"vocab_size": 333, "kv_heads": 1, "positions": "none"}, 5, ALL, {}),
     ({"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344}, 40, GREEDY, {"split_tokens": 16}),
     ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "vocab_size": 60_000}, 9, GREEDY, {}),
-    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4}),  # many runs
+    # Many runs: of clusters of four, whose results are added up by all or in a phase of its own, of two, and of none.
+    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4}),
+    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 2}),
+    ({"heads": 16, "kv_heads": 16, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8}),
+    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4, "cluster": 1}),
+    ({"heads": 10, "kv_heads": 1, "head_dim": 72}, 40, GREEDY, {"split_tokens": 8}),  # warps share them
     ({"heads": 1, "kv_heads": 1, "head_dim": 64}, 1200, GREEDY, {"split_tokens": 100_000}),  # through the ring
     ({"dim": 384, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 512, "vocab_size": 333}, 5, GREEDY, {}),
     ({"dim": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "d_ff": 2048}, 5, GREEDY, {}),

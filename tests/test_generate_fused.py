@@ -197,6 +197,7 @@ SHAPES: list[dict[str, Any]] = [
     {"dim": 72, "heads": 3, "kv_heads": 3, "head_dim": 24, "d_ff": 1344, "layers": 1},
     {"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "init_std": 0.05},
     {"vocab_size": 3, "layers": 1},
+    {"heads": 10, "kv_heads": 1, "head_dim": 72, "layers": 1},
     # Each product's rows in each number of passes, shared by warps, and where they do not fit shared memory.
     {"dim": 384, "heads": 6, "kv_heads": 6, "head_dim": 64, "d_ff": 512, "vocab_size": 333, "init_std": 0.05},
     {"dim": 768, "heads": 12, "kv_heads": 12, "head_dim": 64, "d_ff": 2048, "init_std": 0.05},
@@ -230,19 +231,38 @@ def test_prefill_hands_over_at_every_position_and_the_cache_is_as_if_recomputed(
 
 @on_gpu
 @pytest.mark.parametrize(
-    ("length", "few", "target"), [(100, 12, 288), (700, 12, 288), (3000, 4, 192), (1200, 12, 100_000), (9000, 12, 288)]
-)
+    ("length", "few", "target"),
+    [
+        (100, 12, 192), (700, 12, 192), (3000, 12, 192), (3000, 4, 192), (1200, 12, 100_000), (9000, 12, 100),
+        (9000, 12, 288),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (16, 1)])
 def test_long_texts(
     monkeypatch: pytest.MonkeyPatch, length: int, few: int, target: int, heads: int, kv_heads: int
 ) -> None:
-    """One run of positions, several that every reader adds up, many, and more than wait in shared memory."""
+    """One run of positions, several, of clusters, added up by all or apart, more than shared memory has room for."""
     monkeypatch.setattr(Fused, "few_splits", few)
     monkeypatch.setattr(Fused, "split_tokens", target)
     model, reference = lively(heads=heads, kv_heads=kv_heads, head_dim=256 // heads, dim=256, context=9100)
     prompt = prompts_of(model, 1, length).to(DEVICE)
     text = torch.cat((prompt, decoded(Decoder(model, prompt, 20, runner="fused"))), 1)
     assert_near_the_likeliest(reference, text, length)
+
+
+@on_gpu
+@pytest.mark.parametrize("vocab_size", [333, 20_000])
+def test_all_of_as_many_equal_logits_may_be_drawn(vocab_size: int) -> None:
+    """More than `top_k`, and than the kernel lists: whose noise is least is drawn, but for fp32's rounding."""
+    model, _ = lively(vocab_size=vocab_size, tied=False)
+    with torch.no_grad():
+        model.head.weight.zero_()  # type: ignore[union-attr]
+    prompt, sampling = prompts_of(model, 1, 4).to(DEVICE), Sampling(0.9, top_k=7, seed=5)
+    drawn = decoded(Decoder(model, prompt, 40, runner="fused", sampling=sampling))[0]
+    noise = Noise([5], vocab_size, DEVICE).at(torch.arange(4, 44, device=DEVICE)[:, None])
+    own = noise.gather(1, drawn[:, None].to(DEVICE))[:, 0]
+    # A logarithm of |x| <= 17 is rounded by 17 eps / 2 at most, and noise by as much of itself.
+    assert (own <= noise.min(-1).values * (1 + 32 * torch.finfo(torch.float32).eps)).all()
 
 
 @on_gpu
