@@ -73,6 +73,22 @@ def test_lines_show_the_points_and_nothing_else(drawn: Drawn, name: str) -> None
     assert close([x * y for x, y in shown], [x * y for x, y in expected])
 
 
+def test_a_point_is_of_the_commit_measured_last(table: pd.DataFrame) -> None:
+    """Of three runs the two of one commit, whichever of the names sorts first; a cell that it lacks, of the other."""
+    first, *others = sorted(table["run"].unique())
+    table = table[(table["experiment"] == "rmsnorm") & (table["outcome"] == "measured")]
+    lacking = (table["impl"] == "eager") & (table["run"] != first)
+    for old, new in (("a", "b"), ("b", "a")):
+        dated = table.assign(
+            commit=np.where(table["run"] == first, old, new),
+            datetime=np.where(table["run"] == first, "2026-11-01T00:00:00+00:00", "2026-11-02T00:00:00+00:00"),
+        )[~lacking]
+        found = points.over_runs(points.valued(points.cells(dated, "rmsnorm"), points.TIME))
+        assert (found["runs"] == np.where(found["impl"] == "eager", 1, len(others))).all()
+        expected = dated[dated["run"] != first].groupby(["label", "name"])["median"].median() * 1e3
+        assert close(list(found[found["impl"] != "eager"]["value"]), list(expected))
+
+
 @pytest.mark.parametrize("name", ["kv_vs_nokv", "tokens_sec"])
 def test_bars_are_as_long_as_the_values(drawn: Drawn, name: str) -> None:
     figure, points = drawn[name]

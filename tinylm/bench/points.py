@@ -1,7 +1,7 @@
 """The table of all runs to the points that pictures show: one for each label, cell and quantity.
 
-A point is a median over runs; its spread is the lowest and the highest run, or, where there is one run only, the
-quartiles of its samples.
+A point is a median over runs, of the newest commit that a label has the cell of; its spread is the lowest and the
+highest run, or, where there is one run only, the quartiles of its samples.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def relative(rows: pd.DataFrame, axis: str, baseline: str, text: str) -> pd.Data
 def over_runs(*parts: pd.DataFrame) -> pd.DataFrame:
     """One point per label, cell and quantity, in the order in which they are shown."""
     keys = ["label", *CELL, "quantity", "unit"]
-    rows = pd.concat([part[[*RUN, *keys[1:], "value", "low", "high"]] for part in parts if len(part)] or parts[:1])
+    columns = [*RUN, *keys[1:], "value", "low", "high", *(key for key in ("commit", "datetime") if key in parts[0])]
+    rows = _newest(pd.concat([part[columns] for part in parts if len(part)] or parts[:1], ignore_index=True), keys)
     runs = rows.groupby([*RUN, *keys[1:]], sort=False)[["value", "low", "high"]].median().reset_index()
     groups = runs.groupby(keys, sort=False)
     points = groups["value"].agg(value="median", low="min", high="max", runs="size")
@@ -114,6 +115,16 @@ def over_runs(*parts: pd.DataFrame) -> pd.DataFrame:
     keys = [key for key in keys if key in points]
     ranks = {key: ordered(points, key) for key in keys}
     return points.sort_values(keys, key=lambda column: column.map(ranks[column.name].index), ignore_index=True)
+
+
+def _newest(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Of what has the same keys the runs of one commit, the last one to be measured: what it replaced is not averaged
+    with it."""
+    if rows.empty or "commit" not in rows:
+        return rows
+    rows = rows.assign(commit=rows["commit"].map(_text), datetime=rows["datetime"].map(_text))
+    same = rows.sort_values("datetime", kind="stable").groupby(keys, sort=False)
+    return rows[rows["commit"] == same["commit"].transform("last").reindex(rows.index)]
 
 
 def configuration(rows: pd.DataFrame, *first: str) -> pd.DataFrame:
