@@ -14,7 +14,9 @@
 // Each product has a code of its own, because what a warp does between its store and the next barrier must take less than a
 // trip.
 //
-// All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
+// All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch. The warps of a
+// block come to a phase's barrier by that phase's different copies of it: the hardware counts warps, not instructions, but
+// compute-sanitizer's synccheck calls it divergent.
 //
 // Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small
 // at 128, from a script on H200s (not the suite), against what was expected:

@@ -259,7 +259,7 @@ def test_all_of_as_many_equal_logits_may_be_drawn(vocab_size: int) -> None:
         model.head.weight.zero_()  # type: ignore[union-attr]
     prompt, sampling = prompts_of(model, 1, 4).to(DEVICE), Sampling(0.9, top_k=7, seed=5)
     drawn = decoded(Decoder(model, prompt, 40, runner="fused", sampling=sampling))[0]
-    noise = Noise([5], vocab_size, DEVICE).at(torch.arange(4, 44, device=DEVICE)[:, None])
+    noise = Noise([5], vocab_size, DEVICE).at(torch.arange(4, 45, device=DEVICE)[:, None])
     own = noise.gather(1, drawn[:, None].to(DEVICE))[:, 0]
     # A logarithm of |x| <= 17 is rounded by 17 eps / 2 at most, and noise by as much of itself.
     assert (own <= noise.min(-1).values * (1 + 32 * torch.finfo(torch.float32).eps)).all()
