@@ -419,7 +419,7 @@ const char* decode_cuda(const Decode& a, void* stream) {
       attributes[1].val.clusterDim.x = cluster;
       launch.gridDim = dim3(blocks / cluster * cluster);
       int clusters = 0;
-      if (auto error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch)) return told(error);
+      if (auto error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch)) told(error), clusters = 0;
       if (5 * clusters * cluster < 4 * blocks) continue;
       blocks = clusters * cluster;
     }

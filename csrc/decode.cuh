@@ -8,7 +8,7 @@ namespace tinylm::decode {
 
 // ---- The exchange. A value that another block waits for is a word of 8 bytes, {fp32, tag}: one store, which no load sees
 // in half, so that who finds the tag of the present token has the value. No barrier, no fence, one trip through L2. A tag is
-// never used twice. `copies` of all words let groups of blocks read different lines: L2 serves a line to one at a time.
+// never used twice; what a launch with another layout left at a word's place has its bits once in four billion. `copies` of all words let groups of blocks read different lines: L2 serves a line to one at a time.
 
 __device__ inline uint64_t word(float value, unsigned tag) { return uint64_t{tag} << 32 | __float_as_uint(value); }
 __device__ inline void put_word(uint64_t* at, uint64_t word) {
@@ -40,7 +40,7 @@ __device__ inline ulonglong2 record_at(const uint64_t* at) {
   return two;
 }
 
-constexpr unsigned kPatience = 4'000'000;  // times that a word is asked for, .4 us each at least
+constexpr unsigned kPatience = 4'000'000;  // times that a word is asked for, .3 us each at least
 constexpr int kLate = 1, kNoToken = 2;      // in status[0]
 enum Wait { kAttention = kProducts, kCombine, kChoose };  // after the products'
 
@@ -223,7 +223,7 @@ struct alignas(16) Role {
 struct Static {
   Mine mine[kProducts][kWarps];
   int kv_head, split;  // of attention; no work: split -1
-  int rank;            // of the run, of those of its result
+  int rank;            // which of its result's runs this block has; 0: it adds them up
   int at_result;       // the result's word, but for its row
   Role roles[kWarps];
   int pairs, adds_log2;  // of a result's numbers, and lanes that add one up

@@ -165,8 +165,7 @@ struct Attention {
                      static_cast<uint16_t>((head + 1) * here.plan.pitch - 4), of_head < width ? at : -1};
     }
     if (here.thread == 0 && runs > 1 && split >= 0) {
-      const int first = here.block % here.plan.cluster - rank;
-      here.fixed.there = place_in(first, of_warps()), here.fixed.there_gathered = place_in(first, &here.fixed.gathered);
+      here.fixed.there = place_in(0, of_warps()), here.fixed.there_gathered = place_in(0, &here.fixed.gathered);
     }
     __syncthreads();
   }
@@ -214,7 +213,7 @@ struct Attention {
       const int from = i < 0 ? kv_head * asked + j : head * width + of_head;
       T* stream = static_cast<T*>(i < width ? here.a.keys : here.a.values) + row + of_head;
       // Of a query: pair d % 8 / 2 of the first or the second 8 of 16 numbers.
-      const int of_group = head_of(here, max(j, 0)), d = j - of_group * width;
+      const int of_group = head_of(here, j), d = j - of_group * width;
       const int to = pinned(i < 0 ? ((of_group / 8 * here.plan.halves * 4 + d / 16) * 32 + of_group % 8 * 4 + d % 8 / 2) * 16 +
                                         d / 8 % 2 * 8
                                   : i * static_cast<int>(sizeof(T)));
@@ -302,10 +301,8 @@ struct Attention {
     sums.total += total;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (by > 0.0f) {  // something was there already
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sums.o[i][k] *= by;
-      }
+      for (int k = 0; k < 4; ++k) sums.o[i][k] *= by;
       const uint4& v = values[i / 2];
       multiply_tile<T>(sums.o[i], a, i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
     }
@@ -376,7 +373,7 @@ struct Attention {
     const int parts = here.plan.parts;
     // Of the result's runs.
     const int begun = runs == 1 ? 1 : min(position / splits.span - split + rank + 1, runs);
-    if (runs > 1 && rank == 0 && here.thread == 0)
+    if (runs > 1 && rank == 0 && here.thread == 0 && !here.watch.dead)  // who is dead has not waited for the last phase
       expect(&here.fixed.gathered, begun * parts * group * (here.plan.pitch - 2) * static_cast<int>(sizeof(float)));
     // A long run goes through the ring half by half: one is read while the other is filled. The first two were asked for a
     // layer ago.

@@ -83,7 +83,6 @@ struct Sampler {
   __device__ int list(float least) const {
     float* const values = maxima + kThreads;
     int* const tokens = reinterpret_cast<int*>(values + kListed);
-    __syncthreads();  // `count` has been read
     if (here.thread == 0) here.fixed.count = 0;
     __syncthreads();
     constexpr int kFew = 8;
@@ -107,7 +106,9 @@ struct Sampler {
       }
     }
     __syncthreads();
-    return here.fixed.count;
+    const int count = here.fixed.count;
+    __syncthreads();  // before it is used for something else
+    return count;
   }
 
   // The k-th largest of `count` values, all being from low to high. Each turn bins what is left between the two and goes on with the

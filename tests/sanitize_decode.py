@@ -30,7 +30,7 @@ CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "vocab_size": 60_000}, 9, GREEDY, {}),
     # Many runs: of clusters of four, whose results are added up by all or in a phase of its own, of two, and of none.
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4}),
-    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 2}),
+    ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 1}),
     ({"heads": 16, "kv_heads": 16, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8}),
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4, "cluster": 1}),
     ({"heads": 10, "kv_heads": 1, "head_dim": 72}, 40, GREEDY, {"split_tokens": 8}),  # warps share them
