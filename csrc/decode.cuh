@@ -8,7 +8,8 @@ namespace tinylm::decode {
 
 // ---- The exchange. A value that another block waits for is a word of 8 bytes, {fp32, tag}: one store, which no load sees
 // in half, so that who finds the tag of the present token has the value. No barrier, no fence, one trip through L2. A tag is
-// never used twice; what a launch with another layout left at a word's place has its bits once in four billion. `copies` of all words let groups of blocks read different lines: L2 serves a line to one at a time.
+// never used twice; what a launch with another layout left at a word's place has its bits once in four billion. `copies` of all
+// words let groups of blocks read different lines: L2 serves a line to one at a time.
 
 __device__ inline uint64_t word(float value, unsigned tag) { return uint64_t{tag} << 32 | __float_as_uint(value); }
 __device__ inline void put_word(uint64_t* at, uint64_t word) {

@@ -32,7 +32,7 @@ class Fused:
 
     tokens_per_launch: ClassVar[int] = 128  # a launch costs some 10 us, and runs of positions are shared out for it
     copies: ClassVar[int] = 4  # of what blocks exchange
-    few_splits: ClassVar[int] = 12  # runs of positions whose results every reader adds up, without a phase of its own
+    few_splits: ClassVar[int] = 12  # results of positions that every reader adds up, without a phase of its own
     split_tokens: ClassVar[int] = 192  # positions in a run, if the card has blocks enough
     cluster: ClassVar[int] = 4  # blocks, at most, that have one result
     leave: ClassVar[int] = 0  # parts to leave out, to see what they take: 1 attention, 2 MLP, 4 head
