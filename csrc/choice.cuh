@@ -20,10 +20,19 @@ __device__ inline uint64_t rank_key(float value, int index) {
 }
 __device__ inline int index_of(uint64_t key) { return static_cast<int>(~static_cast<unsigned>(key)); }
 __device__ inline float value_of(uint64_t key) { return value_of_ordered(static_cast<unsigned>(key >> 32)); }
-__device__ inline uint64_t largest(uint64_t key) {  // of a warp
+__device__ inline unsigned largest(unsigned key) {  // of a warp
 #if __CUDA_ARCH__ >= 800
-  const unsigned high = static_cast<unsigned>(key >> 32), most = __reduce_max_sync(~0u, high);
-  return uint64_t{most} << 32 | __reduce_max_sync(~0u, high == most ? static_cast<unsigned>(key) : 0);
+  return __reduce_max_sync(~0u, key);
+#else
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) key = max(key, __shfl_xor_sync(~0u, key, offset));
+  return key;
+#endif
+}
+__device__ inline uint64_t largest(uint64_t key) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned high = static_cast<unsigned>(key >> 32), most = largest(high);
+  return uint64_t{most} << 32 | largest(high == most ? static_cast<unsigned>(key) : 0);
 #else
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {

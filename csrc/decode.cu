@@ -99,8 +99,8 @@ struct Step {
     return here.words_of(lane % 16) + at + half;
   }
 
-  // All of a warp's units, N passes each, with what stands from `act` on, once `fill` has put it there. Those of a product
-  // behind a norm lack a factor, whose squares are summed up beside.
+  // All of a warp's units, N passes each, with what stands from `act` on, once `fill` has put it there and all warps have met.
+  // Those of a product behind a norm lack a factor, whose squares are summed up beside.
   template <int P, int N, typename Fill>
   __device__ __forceinline__ void multiply(int layer, const Mine& mine, int count, const float* act,
                                            const Fill& fill) const {
@@ -108,9 +108,16 @@ struct Step {
     const int lane = here.lane;
     const bool puts = (P == kQkv ? lane % 16 : lane) < a.copies;
     Rows<kRows<P>, N> rows;
-    rows.template load<T, P>(m, mine, 0, mine.row, weights<P>(layer), a.shape.vocab, here);
-    uint64_t* goes_to = pinned(to<P>(layer * plan.layer + mine.at));
+    uint64_t* goes_to = nullptr;
+    if (count > 0) {
+      rows.template load<T, P>(m, mine, 0, mine.row, weights<P>(layer), a.shape.vocab, here);
+      goes_to = pinned(to<P>(layer * plan.layer + mine.at));
+    } else {
+      rows = {};  // else the compiler keeps them in memory
+    }
     fill();
+    __syncthreads();
+    if (count == 0) return;
     int unit = mine.first, pair = mine.pair;
     float factor = 1.0f;
     uint64_t best = 0;
@@ -245,11 +252,10 @@ struct Step {
       here.watch.where = layer * 16 + P;
     }
     const Mine mine = here.fixed.mine[P][here.warp];
-    const int count = same(mine.count);
+    const int count = left ? 0 : same(mine.count);
     // Four groups at least were asked for after this product's: five a layer, and the head's. Two after attention's.
     if (P == kQkv && splits.span <= Attention<T>::kEarly) copies_left<2>();
     else copies_left<4>();
-    // Its barrier is the same one for all warps, whichever of its copies they come by.
     auto fill = [&]() __attribute__((always_inline)) {
       if (asked > 0) got = take(here.watch, at, asked);
       if constexpr (!kNormed<P>) {
@@ -276,14 +282,10 @@ struct Step {
           act[plan.act + thread] = fmaf(x.x, x.x, x.y * x.y);
         }
       }
-      __syncthreads();
     };
-    if (count == 0 || left) {
-      fill();
-      return;
-    }
-    if (mine.slot < 0) foresee<T, P>(m, mine, weights<P>(layer), a.shape.vocab, here);
+    if (mine.slot < 0 && count > 0) foresee<T, P>(m, mine, weights<P>(layer), a.shape.vocab, here);
     const float* first = act + pinned(mine.act + 4 * here.lane);
+    // All warps of a block come by the same copy, and to the same barrier.
     if (m.passes == 2) {
       multiply<P, 2>(layer, mine, count, first, fill);
     } else if (m.passes == 3) {
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     fixed.mine[thread / kWarps][thread % kWarps] =
         share_of(a, plan, thread / kWarps, here.block, thread % kWarps);
   if (thread == 0) {
-    fixed.dead = fixed.bin = fixed.need = 0;
+    fixed.dead = 0;
     barrier_init(&fixed.gathered);
     fixed.kv_head = here.block / splits.count;
     fixed.split = fixed.kv_head < a.shape.kv_heads ? here.block % splits.count : -1;

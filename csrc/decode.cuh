@@ -231,9 +231,10 @@ struct Static {
   uint64_t gathered;   // the barrier of a cluster's first block, for the sums of all its warps
   unsigned there, there_gathered;  // in this result's first block: where sums begin, and its barrier
   float rope[2][kNoTurn + 1];  // of the position: cosines, and sines as they are for the first of a pair (negative)
-  uint64_t keys[kWarps];
+  uint64_t keys[kWarps], extremes[kWarps], drawn[kWarps];
   float kth;
-  int chosen, dead, count, bin, need;
+  int chosen, dead;
+  int too_many, met;  // of the sampler's logits
 };
 
 struct Here {
@@ -280,6 +281,19 @@ __device__ inline int same(int value) { return __shfl_sync(~0u, value, 0); }
 // Where a phase's input number i lies in `act`, so that lanes that read 8 numbers each as two float4 meet no bank twice.
 __device__ inline int act_at(int i) { return (i & ~255) | (i & 4) << 5 | (i & 0xf8) >> 1 | (i & 3); }
 
+// As copy16; what passes so is the first to leave L2, where weights and the exchange are to stay.
+__device__ inline void copy16_passing(uint4* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "l"(policy)
+               : "memory");
+#else
+  copy16(shared, global);
+#endif
+}
 template <int n>
 __device__ inline void copies_left() {  // until all but the last n groups have come
 #if __CUDA_ARCH__ >= 800

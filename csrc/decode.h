@@ -13,9 +13,10 @@ constexpr int kMostPasses = 4;
 constexpr int kMostGroup = kWarps;  // query heads of one key head: a warp has one at least
 constexpr int kMostStops = 32;
 constexpr int kBins = 256;     // of the sampler's histogram
-constexpr int kCandidates = 512;
-constexpr int kListed = 1024;  // logits that may be among the largest, where all are too many for shared memory
-constexpr int kLists = 4 * (kThreads + 2 * kListed);
+constexpr int kListed = 64;    // of a warp's logits, that may be among the largest
+constexpr int kListable = kWarps * kListed;
+constexpr int kSampler = 4 * (2 * kBins + 3 * kListable);  // bytes of shared memory
+constexpr int kKept = 4;  // pairs of logits a thread that wait there too, if there is room  // bytes of shared memory that it takes
 constexpr int kOwnShared = 4096;  // bytes of shared memory that the kernel takes beside what a plan gives it
 
 // Parts of the work that a launch may leave out, to see what they take. What comes out means nothing then.
@@ -49,13 +50,11 @@ struct Matrix {
 struct Plan {
   int blocks, cluster;  // blocks that reach one another's shared memory
   Matrix products[kProducts];
-  int act, squares;  // floats in each of two buffers of what a phase reads; behind them, of the sum of squares
+  int act, squares;  // floats of what a phase behind a norm reads; behind them, of the sum of squares; then what others read
   int tile;      // positions in each half of the ring of keys and values
   int ring;      // bytes: where its keys start, values after them
-  int scratch, places;  // bytes: of attention; of where its results go
-  int bins;      // bytes: the sampler's histogram, then its candidates
-  int logits;    // bytes: the sampler's copy of them; -1: it reads them from the exchange
-  int lists;     // bytes: then of what threads find to be largest, and of logits that may be among the k largest; -1: of none
+  int scratch, sums, places;  // bytes: of attention; of its warps' sums, and then of the sampler; of where results go
+  int kept;      // pairs of logits a thread: kKept or 0
   int shared;    // bytes in all
   int group;     // query heads of a key head
   int most_splits;  // of a key head's positions, a multiple of `cluster`

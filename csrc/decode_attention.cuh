@@ -136,7 +136,7 @@ struct Attention {
   // pairs; key and value of the token; and the sums of every warp of a result, of each head `plan.pitch` numbers.
   __device__ uint4* queries() const { return reinterpret_cast<uint4*>(here.shared + here.plan.scratch); }
   __device__ T* newest() const { return reinterpret_cast<T*>(queries() + here.plan.eights * here.plan.halves * 4 * 32); }
-  __device__ float* of_warps() const { return reinterpret_cast<float*>(newest() + 2 * width); }
+  __device__ float* of_warps() const { return reinterpret_cast<float*>(here.shared + here.plan.sums); }
 
   // Where a pair of a result's numbers is: of the first warp's sums, with its head's greatest score and total; in the exchange,
   // from the layer's first word on, or -1: nowhere.
@@ -189,8 +189,8 @@ struct Attention {
     for (int i = here.thread; i < (to - from) * here.plan.chunks; i += kThreads) {
       const int row = here.plan.chunks_log2 >= 0 ? i >> here.plan.chunks_log2 : i / here.plan.chunks;
       const int at = place_of(place + row, i - row * here.plan.chunks);
-      copy16(reinterpret_cast<uint4*>(ring_keys() + at), keys + 8 * i);
-      copy16(reinterpret_cast<uint4*>(ring_values() + at), values + 8 * i);
+      copy16_passing(reinterpret_cast<uint4*>(ring_keys() + at), keys + 8 * i);
+      copy16_passing(reinterpret_cast<uint4*>(ring_values() + at), values + 8 * i);
     }
   }
   // What of a layer can be there before the token at `position` is: a group of copies.

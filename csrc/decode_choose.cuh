@@ -10,210 +10,261 @@
 
 namespace tinylm::decode {
 
-// Of a block; two barriers, the first one before anything is read.
-__device__ inline uint64_t largest_of_block(Here& here, uint64_t key) {
-  key = largest(key);
-  if (here.lane == 0) here.fixed.keys[here.warp] = key;
-  __syncthreads();
-  key = largest(here.fixed.keys[here.lane % kWarps]);
-  __syncthreads();
-  return key;
+// A predicate, not a branch, which takes longer than all that is behind it.
+__device__ inline void put_item(bool wanted, uint2* to, float logit, int token) {
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %0, 0;\n\t@p st.shared.v2.b32 [%1], {%2, %3};\n\t}" ::"r"(
+                   static_cast<unsigned>(wanted)),
+               "r"(shared_address(to)), "f"(logit), "r"(token)
+               : "memory");
 }
 
+// Whether every block has a row of the head, and is known to have come so far where all logits are known.
+__device__ inline bool heard(const Here& here) { return here.plan.products[kHead].units >= here.plan.blocks; }
+
+// Draws among the k largest logits. A bound from below: of the largest logits of a warp's lanes as many as k asks of each warp
+// reach it. What does, some 2 k logits of many, each warp lists for itself, and bins: so all but a few are known to be among the
+// k largest or not, and those few are compared with one another. Three barriers. Where a list would be too long, the k-th largest
+// of all logits is looked for.
+//
+// All of this is what one block does once a token: it takes as long as its instructions are many, which come from L2.
 struct Sampler {
+  static constexpr int kFew = kKept;  // pairs of logits that a thread asks for at once
   Here& here;
-  float* cached;       // null: logits are read from the exchange again each time
-  int* bins;           // [kBins]
-  float* candidates;   // [kCandidates]
-  float* maxima;       // where logits are not cached, or null: [kThreads]; behind it values and tokens of those listed, [kListed]
-  const int vocab;
+  int *bins, *heads;  // [kBins]: how many of what is listed are in a bin, and the last of them
+  uint2* items;       // [kWarps, kListed]: logits and their tokens, listed by each warp for itself
+  int* nexts;         // [kListable]: of each the one before it in its bin; -1: none
+  float* members;     // there, where nothing is listed: logits of a bin
+  float2* kept;       // [plan.kept, kThreads]: each thread's first pairs
+  const int vocab, pairs;
 
   __device__ explicit Sampler(Here& here)
       : here(here),
-        cached(here.plan.logits >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.logits) : nullptr),
-        bins(reinterpret_cast<int*>(here.shared + here.plan.bins)),
-        candidates(reinterpret_cast<float*>(bins + kBins)),
-        maxima(here.plan.lists >= 0 ? reinterpret_cast<float*>(here.shared + here.plan.lists) : nullptr),
-        vocab(here.a.shape.vocab) {}
+        bins(reinterpret_cast<int*>(here.shared + here.plan.sums)),
+        heads(bins + kBins),
+        items(reinterpret_cast<uint2*>(heads + kBins)),
+        nexts(reinterpret_cast<int*>(items + kListable)),
+        members(reinterpret_cast<float*>(nexts)),
+        kept(reinterpret_cast<float2*>(nexts + kListable)),
+        vocab(here.a.shape.vocab),
+        pairs((vocab + 1) / 2) {}
 
-  // Of `values`; null: of all logits, out of the exchange.
-  __device__ float at(const float* values, int i) const {
-    if (values != nullptr) return values[i];
-    return __uint_as_float(static_cast<unsigned>(
-        reinterpret_cast<const volatile uint64_t*>(here.a.exchange)[here.plan.at_logits + i]));
+  // Of pairs j, j + kThreads, ..., n of them, once they are there.
+  __device__ int find(const uint64_t* (&at)[kFew], int j) const {
+#pragma unroll
+    for (int k = 0; k < kFew; ++k) at[k] = here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads);
+    return min(kFew, (pairs - j + kThreads - 1) / kThreads);
+  }
+  // f(pair, logits) of each of this thread's pairs, and of as many that are not (pairs or more) as others of the block have more.
+  template <typename F>
+  __device__ void each_pair(const F& f) const {
+#pragma unroll 1
+    for (int k = 0; k < here.plan.kept && k * kThreads < pairs; ++k) f(here.thread + k * kThreads, kept[k * kThreads + here.thread]);
+#pragma unroll 1
+    for (int begin = here.plan.kept * kThreads; begin < pairs; begin += kFew * kThreads) {
+      const uint64_t* at[kFew];
+      const int n = find(at, begin + here.thread);
+      Pairs<kFew> few;
+      few.ask(at, n);
+#pragma unroll
+      for (int k = 0; k < kFew; ++k)
+        if (begin + k * kThreads < pairs) f(begin + k * kThreads + here.thread, few[k]);
+    }
+  }
+  // f(logit, token) of each.
+  template <typename F>
+  __device__ void each(const F& f) const {
+    each_pair([&](int j, float2 two) {
+      if (j < pairs) f(two.x, 2 * j);
+      if (2 * j + 1 < vocab) f(two.y, 2 * j + 1);
+    });
   }
 
-  // Waits for all logits, and for all blocks: those without a row of the head have read their last too. The extremes, as
-  // keys: of the largest, and of the smallest with its sign turned. Returns the largest that this thread has received.
-  __device__ float receive(uint64_t& most, uint64_t& least) const {
-    for (int j = here.thread; j < here.plan.blocks; j += kThreads)
-      take(here.watch, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
-    constexpr int kFew = 4;
-    most = least = 0;
-    const int pairs = (vocab + 1) / 2;
+  // Waits for all logits, and for all blocks: for one that has a row of the head its logit speaks. Returns the largest of this
+  // thread's.
+  __device__ float receive() const {
+    if (!heard(here))
+      for (int j = here.thread; j < here.plan.blocks; j += kThreads)
+        take(here.watch, here.a.exchange + here.plan.at_best + (here.watch.tag % 2 * here.plan.blocks + j) * 2);
+    float own = -INFINITY;
+#pragma unroll 1
     for (int j = here.thread; j < pairs; j += kFew * kThreads) {
       const uint64_t* at[kFew];
-      const int n = min(kFew, (pairs - j + kThreads - 1) / kThreads);
-#pragma unroll
-      for (int k = 0; k < kFew; ++k) at[k] = here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads);
-      const Pairs<kFew> got = take(here.watch, at, n);
+      const int n = find(at, j);
+      const Pairs<kFew> few = take(here.watch, at, n);
 #pragma unroll
       for (int k = 0; k < kFew; ++k) {
-        const int i = 2 * (j + k * kThreads);
-        const float2 two = got[k];
-        if (k >= n) continue;
-        const bool both = i + 1 < vocab;
-        if (cached != nullptr) {
-          cached[i] = two.x;
-          if (both) cached[i + 1] = two.y;
-        }
-        const uint64_t high = rank_key(both ? fmaxf(two.x, two.y) : two.x, i);
-        const uint64_t low = rank_key(-(both ? fminf(two.x, two.y) : two.x), i);
-        most = high > most ? high : most;
-        least = low > least ? low : least;
+        const float2 two = few[k];
+        if (j == here.thread && here.plan.kept > 0) kept[k * kThreads + j] = two;
+        if (k < n) own = fmaxf(own, 2 * (j + k * kThreads) + 1 < vocab ? fmaxf(two.x, two.y) : two.x);
       }
     }
-    const float own = most == 0 ? -INFINITY : value_of(most);
-    most = largest_of_block(here, most);
-    least = largest_of_block(here, least);
     return own;
   }
 
-  // Lists the logits that are at least `least`, and returns how many they are; more than kListed: some are missing.
-  __device__ int list(float least) const {
-    float* const values = maxima + kThreads;
-    int* const tokens = reinterpret_cast<int*>(values + kListed);
-    if (here.thread == 0) here.fixed.count = 0;
+  // Of the block: the largest and the smallest. A barrier; not to be called again before another one.
+  __device__ float2 extremes(float most, float least) const {
+    uint64_t* const of_warps = here.fixed.extremes;
+    const unsigned high = largest(ordered(most)), low = largest(~ordered(least));
+    if (here.lane == 0) of_warps[here.warp] = uint64_t{high} << 32 | low;
     __syncthreads();
-    constexpr int kFew = 8;
-    const int pairs = (vocab + 1) / 2;
-    for (int j = here.thread; j < pairs; j += kFew * kThreads) {
-      Pairs<kFew> got;
+    const uint64_t both = of_warps[here.lane % kWarps];
+    return make_float2(value_of_ordered(largest(static_cast<unsigned>(both >> 32))),
+                       value_of_ordered(~largest(static_cast<unsigned>(both))));
+  }
+
+  // Nothing is in a bin, nor counted; to be used after a barrier.
+  __device__ void clear() const {
+    if (here.thread < kBins) bins[here.thread] = 0, heads[here.thread] = -1;
+    if (here.thread == 0) here.fixed.too_many = here.fixed.met = 0;
+  }
+  struct Scale {
+    float low, by;
+    __device__ Scale(float high, float low) : low(low), by(high > low ? (kBins - 1) / (high - low) : 0.0f) {}
+    // The last bits of a sum with 2^23 are an integer.
+    __device__ int bin(float v) const {
+      return min(kBins - 1, max(0, __float_as_int(fmaf(v - low, by, 0x1p23f)) - __float_as_int(0x1p23f)));
+    }
+  };
+  // The k-th largest of what has been binned: the `need`-th of the `members` of `bin`.
+  struct Cut {
+    int bin, need, members;
+  };
+  __device__ Cut cut(int k) const {
+    constexpr int kEach = kBins / 32;
+    static_assert(kEach == 8);
+    const int base = (31 - here.lane) * kEach;  // lane 0 has the highest
+    const int4 *from = reinterpret_cast<const int4*>(bins + base), low = from[0], high = from[1];
+    const int counts[kEach] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
+    const int own = ((high.w + high.z) + (high.y + high.x)) + ((low.w + low.z) + (low.y + low.x));
+    Cut cut{base + kEach - 1, k - lower_lanes(own), counts[0]};
+    const unsigned has = __ballot_sync(~0u, 0 < cut.need && cut.need <= own);
 #pragma unroll
-      for (int k = 0; k < kFew; ++k)
-        if (j + k * kThreads < pairs)
-          got.two[k] = words_at(here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads));
+    for (int i = 1; i < kEach; ++i)
+      if (cut.bin == base + kEach - i && cut.need > cut.members) cut = {cut.bin - 1, cut.need - cut.members, counts[i]};
+    const int lane = has == 0 ? 31 : __ffs(has) - 1;  // 0: numbers are no numbers
+    return {__shfl_sync(~0u, cut.bin, lane), __shfl_sync(~0u, cut.need, lane), __shfl_sync(~0u, cut.members, lane)};
+  }
+
+  __device__ float logit(int item) const { return __uint_as_float(items[item].x); }
+  // Lists and bins what of the warp's is not less than `bound`, items `begin` on, and returns how many they are. A barrier.
+  __device__ int list(float bound, const Scale& scale, int begin) const {
+    int count = 0;
+    each_pair([&](int j, float2 two) {
 #pragma unroll
-      for (int k = 0; k < kFew; ++k) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = 2 * (j + k * kThreads) + i;
-          const float v = i == 0 ? got[k].x : got[k].y;
-          if (token >= vocab || !(v >= least)) continue;
-          const int place = atomicAdd(&here.fixed.count, 1);
-          if (place < kListed) values[place] = v, tokens[place] = token;
-        }
+      for (int i = 0; i < 2; ++i) {
+        const int token = 2 * j + i;
+        const float v = i == 0 ? two.x : two.y;
+        const bool hit = token < vocab && v >= bound;
+        const unsigned hits = __ballot_sync(~0u, hit);
+        const int place = count + __popc(hits & ((1u << here.lane) - 1));
+        put_item(hit && place < kListed, items + begin + place, v, token);
+        count += __popc(hits);
       }
+    });
+    if (count > kListed) here.fixed.too_many = 1;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = begin + here.lane; i < begin + min(count, kListed); i += 32) {
+      const int bin = scale.bin(logit(i));
+      atomicAdd(&bins[bin], 1);
+      nexts[i] = atomicExch(&heads[bin], i);
     }
     __syncthreads();
-    const int count = here.fixed.count;
-    __syncthreads();  // before it is used for something else
     return count;
   }
 
-  // The k-th largest of `count` values, all being from low to high. Each turn bins what is left between the two and goes on with the
-  // bin that it is in, until that is small enough to be sorted out by comparing all with all.
-  __device__ float kth_largest(const float* values, int count, int k, float low, float high) const {
+  // The k-th largest of all logits. Each turn bins what is left between two of them and goes on with the bin that it is in, until
+  // that is small enough to be sorted out by comparing all with all.
+  __device__ float kth_largest(int k) const {
     Static& f = here.fixed;
-    int need = k;
-    while (low < high) {
-      const float scale = (kBins - 1) / (high - low);
-      auto bin_of = [&](float v) { return min(kBins - 1, max(0, static_cast<int>((v - low) * scale))); };
-      if (here.thread < kBins) bins[here.thread] = 0;
-      if (here.thread == 0) f.count = 0;
+    auto extremes_of = [&](auto&& wanted) {
+      float most = -INFINITY, least = INFINITY;
+      each([&](float v, int) {
+        if (wanted(v)) most = fmaxf(most, v), least = fminf(least, v);
+      });
+      return extremes(most, least);
+    };
+    __syncthreads();  // for the extremes
+    float2 ends = extremes_of([](float) { return true; });
+    while (ends.y < ends.x) {
+      const Scale scale(ends.x, ends.y);
+      clear();
       __syncthreads();
-      for (int i = here.thread; i < count; i += kThreads) {
-        const float v = at(values, i);
-        if (v >= low && v <= high) atomicAdd(&bins[bin_of(v)], 1);
-      }
+      auto inside = [&](float v) { return v >= ends.y && v <= ends.x; };
+      each([&](float v, int) {
+        if (inside(v)) atomicAdd(&bins[scale.bin(v)], 1);
+      });
       __syncthreads();
-      if (here.warp == 0) {
-        constexpr int kEach = kBins / 32;
-        const int base = (31 - here.lane) * kEach;  // lane 0 has the highest
-        int own = 0;
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) own += bins[base + i];
-        int above = lower_lanes(own);
-        if (above < need && need <= above + own) {
-          int i = kEach - 1;
-          while (i > 0 && above + bins[base + i] < need) above += bins[base + i--];
-          f.bin = base + i, f.need = need - above;
-        }
-      }
-      __syncthreads();
-      const int bin = f.bin, members = bins[bin];
-      need = f.need;
-      if (members <= kCandidates) {
-        for (int i = here.thread; i < count; i += kThreads) {
-          const float v = at(values, i);
-          if (v >= low && v <= high && bin_of(v) == bin) {
-            const int place = atomicAdd(&f.count, 1);
-            if (place < kCandidates) candidates[place] = v;
-          }
-        }
+      const Cut found = cut(k);
+      k = found.need;
+      auto member = [&](float v) { return inside(v) && scale.bin(v) == found.bin; };
+      if (found.members <= kListable) {
+        each([&](float v, int) {
+          if (!member(v)) return;
+          if (const int place = atomicAdd(&f.met, 1); place < kListable) members[place] = v;
+        });
         __syncthreads();
-        for (int i = here.thread; i < members; i += kThreads) {
-          const float v = candidates[i];
+        for (int i = here.thread; i < found.members; i += kThreads) {
+          const float v = members[i];
           int larger = 0, equal = 0;
-          for (int j = 0; j < members; ++j) larger += candidates[j] > v, equal += candidates[j] == v;
-          if (larger < need && need <= larger + equal) f.kth = v;  // all that do have the same
+          for (int j = 0; j < found.members; ++j) larger += members[j] > v, equal += members[j] == v;
+          if (larger < k && k <= larger + equal) f.kth = v;  // all that do have the same
         }
         __syncthreads();
         return f.kth;
       }
-      uint64_t most = 0, least = 0;
-      for (int i = here.thread; i < count; i += kThreads) {
-        const float v = at(values, i);
-        if (!(v >= low && v <= high && bin_of(v) == bin)) continue;
-        const uint64_t up = rank_key(v, 0), down = rank_key(-v, 0);
-        most = up > most ? up : most;
-        least = down > least ? down : least;
-      }
-      const float next_high = value_of(largest_of_block(here, most)), next_low = -value_of(largest_of_block(here, least));
-      // Members of one bin alone are left, so this ends; unless numbers are not numbers.
-      if (!(next_low > low || next_high < high)) return low;
-      low = next_low, high = next_high;
+      const float2 next = extremes_of(member);
+      // Members of one bin alone are left, so this ends; unless numbers are no numbers.
+      if (!(next.y > ends.y || next.x < ends.x)) break;
+      ends = next;
     }
-    return low;
+    return ends.y;
   }
 
   // The token for `place`; the same to all threads of the block.
   __device__ int draw(int64_t place) const {
-    uint64_t most, least;
-    const float own = receive(most, least);
-    const float high = value_of(most);
-    float threshold = -value_of(least);
-    const float* values = cached;
-    const int* tokens = nullptr;
-    int count = vocab;
-    if (const int k = here.a.top_k; k > 0 && k < vocab) {
-      // Many logits are not to be read again and again: what is at least as large as the k-th largest of what threads have found
-      // to be theirs is few.
-      const bool many = maxima != nullptr && k <= kThreads;
-      if (many) {
-        maxima[here.thread] = own;
-        __syncthreads();
-        values = maxima, count = kThreads;
-      }
-      threshold = kth_largest(values, count, k, threshold, high);
-      if (many) {
-        values = nullptr, count = vocab;
-        if (const int listed = list(threshold); listed <= kListed) {
-          values = maxima + kThreads, tokens = reinterpret_cast<const int*>(values + kListed), count = listed;
-        }
-        threshold = kth_largest(values, count, k, threshold, high);
-      }
-    }
+    const int k = here.a.top_k;
     const float by = 1.0f / here.a.temperature;
     const uint64_t state = here.a.noise_start + static_cast<uint64_t>(place) * here.a.noise_stride;
+    clear();
+    const float own = receive();
+    const int of_warp = (k + kWarps - 1) / kWarps;
+    int larger = 0;
+#pragma unroll 8
+    for (int i = 0; i < 32; ++i) larger += __shfl_xor_sync(~0u, own, i) > own;
+    const float2 ends = extremes(own, larger < of_warp ? own : INFINITY);
     uint64_t best = 0;
-    for (int i = here.thread; i < count; i += kThreads) {
-      const float v = at(values, i);
-      if (!(v >= threshold)) continue;
-      const uint64_t key = draw_key(v, high, by, state, tokens == nullptr ? i : tokens[i]);
+    auto consider = [&](float v, int token) {
+      const uint64_t key = draw_key(v, ends.x, by, state, token);
       best = key > best ? key : best;
+    };
+    const Scale scale(ends.x, ends.y);
+    const bool lists = 0 < k && k <= kThreads && kThreads <= pairs;
+    const int begin = here.warp * kListed, listed = lists ? list(ends.y, scale, begin) : 0;
+    if (lists && !here.fixed.too_many) {
+      const Cut found = cut(k);
+#pragma unroll 1
+      for (int i = begin + here.lane; i < begin + listed; i += 32) {
+        const float v = logit(i);
+        const int bin = scale.bin(v);
+        if (bin < found.bin) continue;
+        int larger = 0;
+        if (bin == found.bin) {
+#pragma unroll 1
+          for (int item = heads[bin]; item >= 0; item = nexts[item]) larger += logit(item) > v;
+        }
+        if (larger < found.need) consider(v, static_cast<int>(items[i].y));
+      }
+    } else {
+      const float least = k > 0 ? kth_largest(k) : -INFINITY;
+      each([&](float v, int token) {
+        if (v >= least) consider(v, token);
+      });
     }
-    return index_of(largest_of_block(here, best));
+    best = largest(best);
+    if (here.lane == 0) here.fixed.drawn[here.warp] = best;
+    __syncthreads();
+    return index_of(largest(here.fixed.drawn[here.lane % kWarps]));
   }
 };
 
@@ -225,8 +276,9 @@ __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhi
   const Plan& plan = here.plan;
   const int blocks = plan.blocks, turn = here.watch.tag % 2;
   const int at_best = plan.at_best + turn * blocks * 2, at_id = plan.at_id + turn * 2;
-  __syncthreads();
-  if (here.warp == 0) {
+  const bool greedy = here.a.temperature == 0.0f;
+  if (greedy || !heard(here)) __syncthreads();
+  if (here.warp == 0 && (greedy || !heard(here))) {
     const uint64_t best = largest(f.keys[here.lane % kWarps]);
     const float value = best == 0 ? -INFINITY : value_of(best);  // 0: the block has no row of the head
 #pragma unroll 1
@@ -236,7 +288,7 @@ __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhi
   }
   meanwhile();
   int chosen = 0;
-  if (here.a.temperature == 0.0f) {
+  if (greedy) {
     if (here.warp == 0) {
       constexpr int kFew = 5;  // 160 blocks at once
       uint64_t key = 0;
@@ -256,9 +308,8 @@ __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhi
       chosen = index_of(largest(key));
     }
   } else if (here.block == 0) {
-    __syncthreads();  // keys are read above
     chosen = Sampler(here).draw(place);
-    if (here.thread == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen), 0, 1);
+    if (here.warp == 0) here.put_pair(at_id, __int_as_float(chosen), __int_as_float(chosen), here.lane, 32);
   } else if (here.thread == 0) {
     chosen = __float_as_int(take(here.watch, here.words() + at_id).x);
   }

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int kMostPositions = 512;  // of a ring: more of them are read in turns
 constexpr int kFewestPositions = 16;
-constexpr int kMostCachedLogits = 8192;
 constexpr int kMostSums = 2112;  // numbers of attention that a block's warps add up
 
 int up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -60,25 +59,19 @@ const char* make_plan(const Shape& s, bool sampled, int blocks, int cluster, int
   p.pitch = p.halves * 64 + 4;
   p.parts = std::clamp(kMostSums / (group * p.pitch), 1, kWarps / (p.halves * p.eights));
 
-  for (const Matrix& m : p.products) p.act = std::max(p.act, m.columns * m.parts);
-  p.squares = up(s.dim / 2, 128);
-  int at = 2 * 4 * (p.act + p.squares);
+  // Two buffers of input in turn: behind a norm, and not.
+  auto floats = [&p](int product) { return p.products[product].columns * p.products[product].parts; };
+  p.act = floats(kQkv), p.squares = up(s.dim / 2, 128);
+  int at = 4 * (p.act + p.squares + std::max(floats(kOut), floats(kDown)));
   p.scratch = at;
-  // Queries, newest key and value, and sums of every warp of a cluster.
-  at += up(p.eights * p.halves * 4 * 512 + 4 * s.head_dim + 4 * cluster * p.parts * group * p.pitch, 128);
+  at += p.eights * p.halves * 4 * 512 + up(4 * s.head_dim, 128);  // queries, newest key and value
+  p.sums = at;
+  const int room = shared - kOwnShared, kept = 8 * kThreads * kKept;
+  p.kept = sampled && at + kSampler + kept <= room / 2 ? kKept : 0;
+  const int sampler = sampled ? kSampler + (p.kept > 0 ? kept : 0) : 0;
+  at += up(std::max(4 * cluster * p.parts * group * p.pitch, sampler), 128);  // of every warp of a cluster
   p.places = at;
   at += up(8 * (group << (4 + p.halves)), 128);
-  p.bins = at;
-  if (sampled) at += 4 * (kBins + kCandidates);
-  const int room = shared - kOwnShared;
-  p.logits = p.lists = -1;
-  if (sampled && s.vocab <= kMostCachedLogits && at + 4 * up(s.vocab, 4) <= room / 2) {
-    p.logits = at;
-    at += 4 * up(s.vocab, 32);
-  } else if (sampled && at + kLists <= room / 2) {
-    p.lists = at;
-    at += kLists;
-  }
   const int position = 2 * 2 * s.head_dim;  // bytes of a key and a value
   // Keys and values go first, but leave most of a small shared memory to weights.
   const int least = std::clamp(std::min(room / 4, room - at) / position / 16 * 16, kFewestPositions, 128);

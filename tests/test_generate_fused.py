@@ -7,6 +7,7 @@ which this one does not do, prove of the others.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 from typing import Any
@@ -251,7 +252,23 @@ def test_long_texts(
 
 
 @on_gpu
-@pytest.mark.parametrize("vocab_size", [333, 20_000])
+@torch.inference_mode()
+def test_later_positions_may_outweigh_earlier_ones_by_any_factor() -> None:
+    """300 tokens, then 300 of another kind that weigh more than 2^126 times as much: fp32 has no normal 2^-127."""
+    model, reference = lively(context=700, positions="none", layers=1, kv_heads=4)
+    for each in (model, reference):
+        q, k, _ = each.get_parameter("blocks.0.attention.qkv.weight").chunk(3)
+        q.copy_(16 * k)  # a token attends to its own kind
+    h = reference.get_submodule("blocks.0.attention_norm")(reference.embed(torch.tensor([5, 9], device=DEVICE)))
+    early, late = (h @ reference.get_parameter("blocks.0.attention.qkv.weight")[64:128].T).view(2, 4, 16)
+    assert ((late - early) * late).sum(-1).min() * 16 / 16**0.5 > 140 * math.log(2)
+    prompt = torch.tensor([[5] * 300 + [9] * 300], device=DEVICE)
+    text = torch.cat((prompt, decoded(Decoder(model, prompt, 8, runner="fused"))), 1)
+    assert_near_the_likeliest(reference, text, 600)
+
+
+@on_gpu
+@pytest.mark.parametrize("vocab_size", [333, 2000, 20_000])
 def test_all_of_as_many_equal_logits_may_be_drawn(vocab_size: int) -> None:
     """More than `top_k`, and than the kernel lists: whose noise is least is drawn, but for fp32's rounding."""
     model, _ = lively(vocab_size=vocab_size, tied=False)
@@ -332,8 +349,8 @@ def test_draws_follow_the_models_probabilities(top_k: int | None) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("vocab_size", [333, 20_000])
-@pytest.mark.parametrize("top_k", [None, 1, 7, 200, 333])
+@pytest.mark.parametrize("vocab_size", [333, 2000, 20_000])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 200, 333, 600])
 def test_draws_are_those_of_the_same_noise(vocab_size: int, top_k: int | None) -> None:
     """argmax(p / noise) by the fp32 reference's p, but for what rounding can move: as in the greedy test, over 0.9."""
     model, reference = lively(vocab_size=vocab_size)
