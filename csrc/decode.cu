@@ -14,9 +14,7 @@
 // Each product has a code of its own, because what a warp does between its store and the next barrier must take less than a
 // trip.
 //
-// All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch. The warps of a
-// block come to a phase's barrier by that phase's different copies of it: the hardware counts warps, not instructions, but
-// compute-sanitizer's synccheck calls it divergent.
+// All blocks must be resident at once, which a cooperative launch guarantees. No wait is without end: see Watch.
 //
 // Reference: tinylm.generate.loop.Loop.step. Versions, time a token in bf16, tiny at contexts 128 / 1,024 / 4,096 and small
 // at 128, from a script on H200s (not the suite), against what was expected:
@@ -48,6 +46,24 @@
 //     47.5 / 55 / 74 and 154; attention is .2 us shorter, not .5. Among the k largest of 50,257 logits 27 us, not 56, by a list
 //   warps that wait for nothing go through the instructions behind the barrier once before: of attention, 55 / 60 / 81 and
 //     166; of products, 49.5 / 57 / 73 and 154; dropped
+//   keys and values are the first to leave L2: what one token reads, 69 MB at 4,096, is more than its 50 MB, so each line was
+//     gone when the next token came to it, words of the exchange among them. 47.0 / 52 / 62, not 47.5 / 55 / 66, and 8,192 in
+//     76 instead of 90; half of them so: 72 and 91. Weights the last to leave beside it: no difference; the exchange the last
+//     to leave, and nothing else: 73 and 86
+//   one barrier for all warps of a block, also for those that have nothing to multiply, which had one of their own, as
+//     compute-sanitizer's synccheck calls two divergent. Weights defined, for the compiler, by zeros before the wait: 48.3 /
+//     53 / 64, small 6 us more; in the branch of the idle warps alone: 45.1 / 50 / 62
+// Top-k 200 came on top of that with 7.0 / 6.7 / 10.5 us, and 25 for small's 32,000 logits. Block 0 draws; by its timeline:
+//   its ring as long as 4,096 tokens' runs are, as the sampler lies where attention's sums were; a bound from the threads' own
+//     largest, by bins; a list of what reaches it, binned too: 5.1 / 5.1 / 6.4 and 21, not 2.1 at 128. Of 4.7 us behind the
+//     logits 2.0 are the list's: 16 branches around stores, whose instructions come from L2 once a token
+//   the list by predicated stores, the bound by lanes' ranks: 3.0 / 2.7 / 4.4 and 21
+//   no word of each block's best where its logits say as much, bins filled while listing: 3.4 / 3.6 / 4.1; the list takes .5 us
+//     longer so
+//   lists of each warp: 3.2 / 3.1 / 4.1 and 18; with bins as chains, so that there are three barriers, logits in shared memory
+//     and loops that are not unrolled: 3.3 / 3.3 / 3.5 and 14, not 2.6
+//   the last loop gone through once before the logits are there: 49.0 / 53.0 / 65.5 in all instead of 48.9 / 53.6 / 65.7, not
+//     48.5 / 53.2 / 65.2; dropped
 #include "decode_attention.cuh"
 #include "decode_choose.cuh"
 

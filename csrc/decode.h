@@ -16,7 +16,7 @@ constexpr int kBins = 256;     // of the sampler's histogram
 constexpr int kListed = 64;    // of a warp's logits, that may be among the largest
 constexpr int kListable = kWarps * kListed;
 constexpr int kSampler = 4 * (2 * kBins + 3 * kListable);  // bytes of shared memory
-constexpr int kKept = 4;  // pairs of logits a thread that wait there too, if there is room  // bytes of shared memory that it takes
+constexpr int kKept = 4;  // pairs of logits a thread that wait there too, if there is room
 constexpr int kOwnShared = 4096;  // bytes of shared memory that the kernel takes beside what a plan gives it
 
 // Parts of the work that a launch may leave out, to see what they take. What comes out means nothing then.

@@ -22,11 +22,11 @@ __device__ inline void put_item(bool wanted, uint2* to, float logit, int token) 
 __device__ inline bool heard(const Here& here) { return here.plan.products[kHead].units >= here.plan.blocks; }
 
 // Draws among the k largest logits. A bound from below: of the largest logits of a warp's lanes as many as k asks of each warp
-// reach it. What does, some 2 k logits of many, each warp lists for itself, and bins: so all but a few are known to be among the
-// k largest or not, and those few are compared with one another. Three barriers. Where a list would be too long, the k-th largest
-// of all logits is looked for.
+// reach it. What does, some 2 k logits of many, each warp lists for itself, and bins: so all but a few are known to be among
+// the k largest or not, and those few are compared with one another. Three barriers. Where a list would be too long, the k-th
+// largest of all logits is looked for.
 //
-// All of this is what one block does once a token: it takes as long as its instructions are many, which come from L2.
+// One block does this once a token: it takes as long as its instructions are many, because they come from L2.
 struct Sampler {
   static constexpr int kFew = kKept;  // pairs of logits that a thread asks for at once
   Here& here;
@@ -54,11 +54,12 @@ struct Sampler {
     for (int k = 0; k < kFew; ++k) at[k] = here.a.exchange + here.plan.at_logits + 2 * (j + k * kThreads);
     return min(kFew, (pairs - j + kThreads - 1) / kThreads);
   }
-  // f(pair, logits) of each of this thread's pairs, and of as many that are not (pairs or more) as others of the block have more.
+  // f(pair, logits) of each of this thread's pairs, and, for others that have more, of some that are none: `pairs` or more.
   template <typename F>
   __device__ void each_pair(const F& f) const {
 #pragma unroll 1
-    for (int k = 0; k < here.plan.kept && k * kThreads < pairs; ++k) f(here.thread + k * kThreads, kept[k * kThreads + here.thread]);
+    for (int k = 0; k < here.plan.kept && k * kThreads < pairs; ++k)
+      f(k * kThreads + here.thread, kept[k * kThreads + here.thread]);
 #pragma unroll 1
     for (int begin = here.plan.kept * kThreads; begin < pairs; begin += kFew * kThreads) {
       const uint64_t* at[kFew];
@@ -173,8 +174,8 @@ struct Sampler {
     return count;
   }
 
-  // The k-th largest of all logits. Each turn bins what is left between two of them and goes on with the bin that it is in, until
-  // that is small enough to be sorted out by comparing all with all.
+  // The k-th largest of all logits. Each turn bins what is left between two of them and goes on with the bin that it is in,
+  // until that is small enough to be sorted out by comparing all with all.
   __device__ float kth_largest(int k) const {
     Static& f = here.fixed;
     auto extremes_of = [&](auto&& wanted) {

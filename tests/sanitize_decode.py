@@ -3,8 +3,8 @@
 compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck, synccheck)
 
 A line a case, "ok" at the end; the exit status is not 0 if a launch failed. racecheck sees shared memory alone: what
-passes between blocks carries its own flags (csrc/decode.cuh). synccheck has to be told the kernels, as it fails
-in those of cuBLAS, and reports the barriers of decode_tokens, to which warps come by several copies (csrc/decode.cu).
+passes between blocks carries its own flags (csrc/decode.cuh). synccheck fails in cuBLAS's kernels: it has to be told
+--kernel-name kns=decode_tokens.
 """
 
 from __future__ import annotations

@@ -113,6 +113,22 @@ def test_tables_hold_the_median_over_runs(folder: Path, text: str) -> None:
             assert median is None and span is None
 
 
+def test_a_line_is_of_the_commit_measured_last(folder: Path) -> None:
+    """Without what an earlier commit measured or failed at; a cell that the later one only skipped is the earlier's."""
+    rows, _ = results.read([folder])
+    first = next(row for row in rows if row["outcome"] == "measured")
+    old = {**first, "commit": "b", "datetime": "2026-11-01T00:00:00+00:00"}
+    new = {**first, "commit": "a", "datetime": "2026-11-02T00:00:00+00:00", "median": 3 * first["median"]}
+    failed = {**old, "outcome": "failed", "reason": "as it was"}
+    for order in ([old, failed, new], [new, failed, old]):
+        (line,) = sheet.lines(order)
+        assert (line["median"], line["runs"], line["reason"]) == (new["median"], 1, None)
+    (line,) = sheet.lines([old, {**new, "outcome": "skipped", "reason": "no time"}])
+    assert (line["median"], line["outcome"], line["reason"]) == (old["median"], "measured", None)
+    (line,) = sheet.lines([failed, {**new, "outcome": "skipped", "reason": "no time"}])
+    assert (line["outcome"], line["reason"]) == ("skipped", "no time")
+
+
 def test_new_keys_are_shown(text: str) -> None:
     tables, drawn = data(text)["tables"], data(text)["charts"]
     keys = {part["key"] for part in tables["cells-ablation"]["columns"]}

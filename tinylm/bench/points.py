@@ -158,7 +158,7 @@ def kv_times(table: pd.DataFrame) -> pd.DataFrame:
     """Each side by its fastest runner, and the crossover: where the side with a cache becomes the faster one.
 
     Without the contexts whose fastest runner takes longer than another one, which was not measured there, at a longer
-    context.
+    context, and without those next to which, on either side, such another one is the fastest.
     """
     rows = valued(cells(table, "kv_cache"), TIME)
     points = over_runs(rows[rows["cache"].isin(SIDES) & rows["context"].ne("")])
@@ -182,10 +182,14 @@ def kv_times(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def beaten(row: pd.Series, fastest: pd.DataFrame, line: pd.DataFrame) -> bool:
-    """Whether a runner that the line has not at the row's context is the faster one at a longer context."""
+    """Whether a runner that the line has not at the row's context is the faster one at a longer context, or the fastest
+    at the next shorter and the next longer one."""
+    lengths, length = fastest["context"].astype(int), int(row["context"])
     absent = ~fastest["impl"].isin(line[line["context"] == row["context"]]["impl"])
-    longer = fastest["context"].astype(int) > int(row["context"])
-    return bool((absent & longer & (fastest["value"] < row["value"])).any())
+    if (absent & (lengths > length) & (fastest["value"] < row["value"])).any():
+        return True
+    sides = fastest.loc[[*lengths[lengths < length].nlargest(1).index, *lengths[lengths > length].nsmallest(1).index]]
+    return len(sides) == 2 and sides["impl"].nunique() == 1 and bool(absent[sides.index].all())
 
 
 def kv_one_length(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Rows of several runs to one line per label and cell, as the report's tables show them.
 
-A value is the median over the runs that measured the cell. A line is for the page's JSON: numbers, texts, lists of
+A value is the median over the runs that measured the cell at the commit that a label measured it at last, as a point of
+a picture is. A line is for the page's JSON: numbers, texts, lists of
 numbers; None where a column does not apply, False where the machine could not tell.
 """
 
@@ -36,10 +37,13 @@ COLUMNS = (
     Column("experiment", "experiment", "text"),
     Column("outcome", "outcome", "text", "measured, skipped or failed; the reason is in the last columns"),
     Column(
-        "median", "time", "time", "of one call (of one token in decode loops): median over runs of each run's median"
+        "median",
+        "time",
+        "time",
+        "of one call (of one token in decode loops): median over runs (of the newest commit) of each run's median",
     ),
     Column("span", "low – high", "span", "lowest and highest run; of a single run, the quartiles of its samples"),
-    Column("runs", "runs", "count", "how many runs measured the cell"),
+    Column("runs", "runs", "count", "how many runs of that commit measured the cell"),
     Column("rounds", "samples", "count", "per run"),
     Column("tokens_per_s", "tokens/s", "tokens/s", "tokens of one call over its time"),
     Column("bytes_per_s", "bandwidth", "B/s", "bytes that must move over the time"),
@@ -96,11 +100,20 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     for row in rows:
         found.setdefault(row["experiment"], {}).setdefault(cell(row), {}).setdefault(row["label"], []).append(row)
     return [
-        _line(labels[label])
+        _line(_newest(labels[label]))
         for experiment in sorted(found)
         for labels in found[experiment].values()
         for label in sorted(labels)
     ]
+
+
+def _newest(rows: Sequence[Row]) -> list[Row]:
+    """Of a label's rows of a cell those of one commit, the last one to measure it: what it replaced is not averaged
+    with it. Where none measured it, the last one that has it at all."""
+    last = max(
+        [row for row in rows if row["outcome"] == "measured"] or rows, key=lambda row: str(row.get("datetime") or "")
+    )
+    return [row for row in rows if row.get("commit") == last.get("commit")]
 
 
 def _line(rows: Sequence[Row]) -> Line:
