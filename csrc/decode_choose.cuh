@@ -23,17 +23,18 @@ __device__ inline bool heard(const Here& here) { return here.plan.products[kHead
 
 // Draws among the k largest logits. A bound from below: of the largest logits of a warp's lanes as many as k asks of each warp
 // reach it. What does, some 2 k logits of many, each warp lists for itself, and bins: so all but a few are known to be among
-// the k largest or not, and those few are compared with one another. Three barriers. Where a list would be too long, the k-th
-// largest of all logits is looked for.
+// the k largest or not, and those few are compared with one another. Three barriers. Where a list would be too long, as a rule
+// from k = 350 on, and where threads have no logit each, the k-th largest of all logits is looked for.
 //
 // One block does this once a token: it takes as long as its instructions are many, because they come from L2.
 struct Sampler {
+  static_assert((kListable & (kListable - 1)) == 0);
   static constexpr int kFew = kKept;  // pairs of logits that a thread asks for at once
   Here& here;
   int *bins, *heads;  // [kBins]: how many of what is listed are in a bin, and the last of them
   uint2* items;       // [kWarps, kListed]: logits and their tokens, listed by each warp for itself
   int* nexts;         // [kListable]: of each the one before it in its bin; -1: none
-  float* members;     // there, where nothing is listed: logits of a bin
+  float* members;     // there, when lists are of no use: logits of a bin
   float2* kept;       // [plan.kept, kThreads]: each thread's first pairs
   const int vocab, pairs;
 
@@ -215,7 +216,7 @@ struct Sampler {
         return f.kth;
       }
       const float2 next = extremes_of(member);
-      // Members of one bin alone are left, so this ends; unless numbers are no numbers.
+      // Members of one bin alone are left, so this ends; unless numbers are no numbers, or infinite.
       if (!(next.y > ends.y || next.x < ends.x)) break;
       ends = next;
     }
@@ -252,7 +253,11 @@ struct Sampler {
         int larger = 0;
         if (bin == found.bin) {
 #pragma unroll 1
-          for (int item = heads[bin]; item >= 0; item = nexts[item]) larger += logit(item) > v;
+          for (int item = heads[bin], left = min(found.members, kListable); left > 0; --left) {
+            item &= kListable - 1;  // in a launch that has failed, other blocks may have written here
+            larger += logit(item) > v;
+            item = nexts[item];
+          }
         }
         if (larger < found.need) consider(v, static_cast<int>(items[i].y));
       }
@@ -269,7 +274,8 @@ struct Sampler {
   }
 };
 
-// The token for `place`, of each warp's best logit in `keys`; the same to all threads of all blocks. -1: a block gave up.
+// The token for `place`, the likeliest being that of the warps' best logits in `keys`; the same to all threads of all blocks.
+// -1: a block gave up.
 // meanwhile(): what there is to do while others' logits are waited for.
 template <typename Meanwhile>
 __device__ inline int choose(Here& here, int64_t place, const Meanwhile& meanwhile) {

@@ -1,4 +1,4 @@
-"""Decodes a few tokens by every path of the kernels of `fused` and `matvec`, for NVIDIA's compute-sanitizer:
+"""Decodes a few tokens by the paths of the kernels of `fused` and `matvec`, for NVIDIA's compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/sanitize_decode.py      (also racecheck, initcheck, synccheck)
 
@@ -30,6 +30,7 @@ CASES: list[tuple[dict[str, Any], int, Sampling, dict[str, int]]] = [
     ({"dim": 1024, "heads": 8, "kv_heads": 2, "head_dim": 128, "d_ff": 2816, "vocab_size": 60_000}, 9, GREEDY, {}),
     # Many runs: of clusters of four, whose results are added up by all or in a phase of its own, of two, and of none.
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4}),
+    ({"heads": 16, "kv_heads": 1, "head_dim": 16, "vocab_size": 2000}, 100, TOP_K, {"split_tokens": 8}),
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 1}),
     ({"heads": 16, "kv_heads": 16, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8}),
     ({"heads": 16, "kv_heads": 1, "head_dim": 16}, 100, GREEDY, {"split_tokens": 8, "few_splits": 4, "cluster": 1}),
