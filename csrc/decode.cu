@@ -42,8 +42,8 @@
 //     850 for scores and sums of 16 positions, 2,100 on both sides of its second barrier, for divisions by sizes that the launch
 //     knows, places that are computed anew, and branches. With those in shared memory, and keys read before the queries are
 //     there: 47.7 / 54 / 74 and 156
-//   this, with results' places in a table, and one address of shared memory that the compiler does not ask the card for again:
-//     47.5 / 55 / 74 and 154; attention is .2 us shorter, not .5. Among the k largest of 50,257 logits 27 us, not 56, by a list
+//   with results' places in a table, and one address of shared memory that the compiler does not ask the card for again: 47.5 /
+//     55 / 74 and 154; attention is .2 us shorter, not .5. Among the k largest of 50,257 logits 27 us, not 56, by a list
 //   warps that wait for nothing go through the instructions behind the barrier once before: of attention, 55 / 60 / 81 and
 //     166; of products, 49.5 / 57 / 73 and 154; dropped
 //   keys and values are the first to leave L2: what one token reads, 69 MB at 4,096, is more than its 50 MB, so each line was
@@ -52,15 +52,16 @@
 //     to leave, and nothing else: 73 and 86
 //   one barrier for all warps of a block, also for those that have nothing to multiply, which had one of their own, as
 //     compute-sanitizer's synccheck calls two divergent. Weights defined, for the compiler, by zeros before the wait: 48.3 /
-//     53 / 64, small 6 us more; in the branch of the idle warps alone: 45.1 / 50 / 62
-// Top-k 200 came on top of that with 7.0 / 6.7 / 10.5 us, and 25 for small's 32,000 logits. Block 0 draws; by its timeline:
+//     53 / 64, small at 1,024 6 us more; in the branch of the idle warps alone: 45.1 / 50 / 62
+// Top-k 200 came on top of that with 7.0 / 6.7 / 10.5 us, and 25 for small's 32,000 logits, at 1,024. Block 0 draws; by its
+// timeline:
 //   its ring as long as 4,096 tokens' runs are, as the sampler lies where attention's sums were; a bound from the threads' own
 //     largest, by bins; a list of what reaches it, binned too: 5.1 / 5.1 / 6.4 and 21, not 2.1 at 128. Of 4.7 us behind the
 //     logits 2.0 are the list's: 16 branches around stores, whose instructions come from L2 once a token
 //   the list by predicated stores, the bound by lanes' ranks: 3.0 / 2.7 / 4.4 and 21
 //   no word of each block's best where its logits say as much, bins filled while listing: 3.4 / 3.6 / 4.1; the list takes .5 us
 //     longer so
-//   lists of each warp: 3.2 / 3.1 / 4.1 and 18; with bins as chains, so that there are three barriers, logits in shared memory
+//   lists of each warp: 3.2 / 3.1 / 4.1 and 18; this, with bins as chains, so that there are three barriers, logits in shared memory
 //     and loops that are not unrolled: 3.3 / 3.3 / 3.5 and 14, not 2.6
 //   the last loop gone through once before the logits are there: 49.0 / 53.0 / 65.5 in all instead of 48.9 / 53.6 / 65.7, not
 //     48.5 / 53.2 / 65.2; dropped

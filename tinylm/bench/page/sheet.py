@@ -1,8 +1,8 @@
 """Rows of several runs to one line per label and cell, as the report's tables show them.
 
 A value is the median over the runs that measured the cell at the commit that a label measured it at last, as a point of
-a picture is. A line is for the page's JSON: numbers, texts, lists of
-numbers; None where a column does not apply, False where the machine could not tell.
+a picture is. A line is for the page's JSON: numbers, texts, lists of numbers; None where a column does not apply, False
+where the machine could not tell.
 """
 
 from __future__ import annotations
